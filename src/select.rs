@@ -1,1 +1,170 @@
-//! (being written)
+//! Which kernels run for given tensors, and why not others: a list of named filters for each backend.
+
+use std::fmt;
+
+use tch::{Device, Kind, Tensor};
+
+use crate::MobaConfig;
+
+/// A set of kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Backend {
+    /// C++ on all cores.
+    Cpu,
+    /// CUDA kernels for any shape on GPUs of compute capability 8.0 and newer.
+    CudaPortable,
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Cpu => "cpu",
+            Self::CudaPortable => "cuda_portable",
+        })
+    }
+}
+
+/// Why a backend does not run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// The backend that refused.
+    pub backend: Backend,
+    /// Name of the filter that refused.
+    pub filter: &'static str,
+    /// What it wants and what it got.
+    pub reason: String,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "not {}: {}: {}", self.backend, self.filter, self.reason)
+    }
+}
+
+/// The answer of [`select`]; `Display` gives it as one line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Selection {
+    /// The backend that runs, `None` if the call would be an error.
+    pub backend: Option<Backend>,
+    /// For every other backend, its first filter that refused.
+    pub refusals: Vec<Refusal>,
+}
+
+impl fmt::Display for Selection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.backend {
+            Some(backend) => write!(f, "{backend}")?,
+            None => f.write_str("none")?,
+        }
+        self.refusals.iter().try_for_each(|refusal| write!(f, "; {refusal}"))
+    }
+}
+
+/// Says which backend [`moba_attention`](crate::moba_attention) runs for these tensors and why it runs no other. Also
+/// logged with `tracing::debug!`; every attention call logs it where that level is enabled.
+///
+/// ```
+/// use tch::{Device, Kind, Tensor};
+/// use tch_moba::{Backend, MobaConfig, select};
+/// let q = Tensor::zeros([1, 2, 8, 16], (Kind::Float, Device::Cpu));
+/// let selection = select(&q, &q, &q, &MobaConfig::default());
+/// assert_eq!(selection.backend, Some(Backend::Cpu));
+/// println!("{selection}"); // cpu; not cuda_portable: device: want q on a CUDA device, got Cpu
+/// ```
+pub fn select(q: &Tensor, k: &Tensor, v: &Tensor, config: &MobaConfig) -> Selection {
+    let inputs = Inputs { q, k, v };
+    let mut selection = Selection { backend: None, refusals: Vec::new() };
+    for &(backend, own) in BACKENDS {
+        let refused = own.iter().chain(COMMON).find_map(|(filter, accepts)| Some((*filter, accepts(&inputs).err()?)));
+        match refused {
+            Some((filter, reason)) => selection.refusals.push(Refusal { backend, filter, reason }),
+            None => selection.backend = selection.backend.or(Some(backend)),
+        }
+    }
+    tracing::debug!(%selection, %config, "moba attention");
+    selection
+}
+
+struct Inputs<'a> {
+    q: &'a Tensor,
+    k: &'a Tensor,
+    v: &'a Tensor,
+}
+
+/// A name, and a test that says what it wanted and what it got.
+type Filter = (&'static str, fn(&Inputs<'_>) -> Result<(), String>);
+
+/// In order of preference. A backend's own filters run first, then the common ones; each may rely on those before it.
+const BACKENDS: &[(Backend, &[Filter])] = &[
+    (Backend::CudaPortable, &[("device", on_cuda), ("build", built_with_cuda), ("head_dim", head_dim_at_most_256)]),
+    (Backend::Cpu, &[("device", on_cpu)]),
+];
+
+const COMMON: &[Filter] = &[
+    ("one_device", one_device),
+    ("rank", rank),
+    ("dtype", dtype),
+    ("shape", shape),
+    ("heads", heads),
+    ("seqlen", seqlen),
+];
+
+fn on_cuda(inputs: &Inputs<'_>) -> Result<(), String> {
+    let device = inputs.q.device();
+    want(matches!(device, Device::Cuda(_)), || format!("want q on a CUDA device, got {device:?}"))
+}
+
+fn built_with_cuda(_: &Inputs<'_>) -> Result<(), String> {
+    want(cfg!(feature = "cuda"), || "want a build with the feature `cuda`, got one without".to_owned())
+}
+
+fn head_dim_at_most_256(inputs: &Inputs<'_>) -> Result<(), String> {
+    let head_dim = inputs.q.size().last().copied().unwrap_or(0);
+    want(head_dim <= 256, || format!("want at most 256, got {head_dim}"))
+}
+
+fn on_cpu(inputs: &Inputs<'_>) -> Result<(), String> {
+    let device = inputs.q.device();
+    want(device == Device::Cpu, || format!("want q on the CPU, got {device:?}"))
+}
+
+fn one_device(inputs: &Inputs<'_>) -> Result<(), String> {
+    let [q, k, v] = [inputs.q, inputs.k, inputs.v].map(Tensor::device);
+    want(q == k && q == v, || format!("want q, k, v on one device, got {q:?}, {k:?}, {v:?}"))
+}
+
+fn rank(inputs: &Inputs<'_>) -> Result<(), String> {
+    let [q, k, v] = [inputs.q, inputs.k, inputs.v].map(Tensor::dim);
+    let wanted = "want q, k, v [batch, heads, seqlen, head_dim]";
+    want(q == 4 && k == 4 && v == 4, || format!("{wanted}, got {q}, {k}, {v} dimensions"))
+}
+
+fn dtype(inputs: &Inputs<'_>) -> Result<(), String> {
+    let [q, k, v] = [inputs.q, inputs.k, inputs.v].map(|x| x.f_kind().ok());
+    let supported = matches!(q, Some(Kind::Float | Kind::Double | Kind::BFloat16 | Kind::Half));
+    let wanted = "want q, k, v in one of float32, float64, bfloat16, float16";
+    want(supported && q == k && q == v, || format!("{wanted}, got {q:?}, {k:?}, {v:?}"))
+}
+
+fn shape(inputs: &Inputs<'_>) -> Result<(), String> {
+    let [q, k, v] = [inputs.q, inputs.k, inputs.v].map(Tensor::size);
+    want(k == v && q[0] == k[0] && q[3] == k[3] && q[3] > 0, || {
+        format!("want k and v of one shape, with the batch and head_dim (at least 1) of q, got {q:?}, {k:?}, {v:?}")
+    })
+}
+
+fn heads(inputs: &Inputs<'_>) -> Result<(), String> {
+    let (heads, heads_k) = (inputs.q.size()[1], inputs.k.size()[1]);
+    let multiple = heads_k > 0 && heads % heads_k == 0;
+    want(multiple, || format!("want the heads of q to be a multiple of those of k, got {heads} and {heads_k}"))
+}
+
+fn seqlen(inputs: &Inputs<'_>) -> Result<(), String> {
+    let (seqlen_q, seqlen_k) = (inputs.q.size()[2], inputs.k.size()[2]);
+    want(seqlen_q <= seqlen_k, || format!("want no more queries than keys, got {seqlen_q} and {seqlen_k}"))
+}
+
+fn want(holds: bool, otherwise: impl FnOnce() -> String) -> Result<(), String> {
+    if holds { Ok(()) } else { Err(otherwise()) }
+}

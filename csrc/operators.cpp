@@ -1,0 +1,112 @@
+// The public operators, each a composition of the internal ones: choose blocks, then attend to them. Autograd,
+// backends and shape inference only ever see the internal operators.
+#include "operators.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include "schema.h"
+
+namespace moba {
+namespace {
+
+template <typename Signature>
+auto find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+double scale_or_default(std::optional<double> softmax_scale, const Tensor& q) {
+  if (softmax_scale.has_value()) return *softmax_scale;
+  return 1.0 / std::sqrt(static_cast<double>(q.sym_size(-1).guard_int(__FILE__, __LINE__)));
+}
+
+// No query can select more blocks than the longest sequence has.
+SymInt clamped_slots(const SymInt& seqlen_k, int64_t block_size, int64_t top_k) {
+  const SymInt blocks = (seqlen_k + (block_size - 1)) / block_size;
+  return blocks.max(1).min(top_k);
+}
+
+Tensor route(const Tensor& q, const Tensor& k, int64_t block_size, int64_t top_k) {
+  check_block_size(block_size);
+  check_top_k(top_k);
+  check_qk(q, k, /*packed=*/false);
+  return call_route(q, k, {}, {}, q.sym_size(2), k.sym_size(2), block_size, top_k);
+}
+
+std::tuple<Tensor, Tensor> routed_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& route,
+                                            int64_t block_size, std::optional<double> softmax_scale,
+                                            bool deterministic) {
+  check_block_size(block_size);
+  check_qk(q, k, /*packed=*/false);
+  return call_attend(q, k, v, route, {}, {}, q.sym_size(2), k.sym_size(2), block_size,
+                     scale_or_default(softmax_scale, q), deterministic);
+}
+
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t block_size,
+                                     int64_t top_k, std::optional<double> softmax_scale, bool deterministic) {
+  check_block_size(block_size);
+  check_top_k(top_k);
+  check_qk(q, k, /*packed=*/false);
+  const SymInt seqlen_q = q.sym_size(2), seqlen_k = k.sym_size(2);
+  const Tensor chosen =
+      call_route(q, k, {}, {}, seqlen_q, seqlen_k, block_size, clamped_slots(seqlen_k, block_size, top_k));
+  return call_attend(q, k, v, chosen, {}, {}, seqlen_q, seqlen_k, block_size, scale_or_default(softmax_scale, q),
+                     deterministic);
+}
+
+std::tuple<Tensor, Tensor> attention_varlen(const Tensor& q, const Tensor& k, const Tensor& v,
+                                            const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                            const SymInt& max_seqlen_q, const SymInt& max_seqlen_k,
+                                            int64_t block_size, int64_t top_k, std::optional<double> softmax_scale,
+                                            bool deterministic) {
+  check_block_size(block_size);
+  check_top_k(top_k);
+  check_qk(q, k, /*packed=*/true);
+  const Tensor chosen = call_route(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size,
+                                   clamped_slots(max_seqlen_k, block_size, top_k));
+  return call_attend(q, k, v, chosen, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size,
+                     scale_or_default(softmax_scale, q), deterministic);
+}
+
+}  // namespace
+
+Tensor call_route(const Tensor& q, const Tensor& k, const OptionalTensor& cu_seqlens_q,
+                  const OptionalTensor& cu_seqlens_k, const SymInt& max_seqlen_q, const SymInt& max_seqlen_k,
+                  int64_t block_size, const SymInt& slots) {
+  static const auto op = find<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, SymInt,
+                                     SymInt, int64_t, SymInt)>("moba::_route");
+  return op.call(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, slots);
+}
+
+std::tuple<Tensor, Tensor> call_attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& route,
+                                       const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                                       const SymInt& max_seqlen_q, const SymInt& max_seqlen_k, int64_t block_size,
+                                       double softmax_scale, bool deterministic) {
+  static const auto op = find<std::tuple<Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, SymInt,
+      SymInt, int64_t, double, bool)>("moba::_attend");
+  return op.call(q, k, v, route, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, softmax_scale,
+                 deterministic);
+}
+
+std::tuple<Tensor, Tensor, Tensor> call_attend_backward(
+    const Tensor& dout, const Tensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+    const Tensor& lse, const Tensor& route, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+    const SymInt& max_seqlen_q, const SymInt& max_seqlen_k, int64_t block_size, double softmax_scale,
+    bool deterministic) {
+  static const auto op = find<std::tuple<Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+      const Tensor&, const OptionalTensor&, const OptionalTensor&, SymInt, SymInt, int64_t, double, bool)>(
+      "moba::_attend_backward");
+  return op.call(dout, dlse, q, k, v, out, lse, route, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                 block_size, softmax_scale, deterministic);
+}
+
+TORCH_LIBRARY_IMPL(moba, CompositeImplicitAutograd, m) {
+  m.impl("route", &route);
+  m.impl("attention", &attention);
+  m.impl("attention_varlen", &attention_varlen);
+  m.impl("routed_attention", &routed_attention);
+}
+
+}  // namespace moba

@@ -56,8 +56,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
 
 std::tuple<Tensor, Tensor> attention_varlen(const Tensor& q, const Tensor& k, const Tensor& v,
                                             const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                                            const SymInt& max_seqlen_q, const SymInt& max_seqlen_k,
-                                            int64_t block_size, int64_t top_k, std::optional<double> softmax_scale,
+                                            SymInt max_seqlen_q, SymInt max_seqlen_k, int64_t block_size,
+                                            int64_t top_k, std::optional<double> softmax_scale,
                                             bool deterministic) {
   check_block_size(block_size);
   check_top_k(top_k);

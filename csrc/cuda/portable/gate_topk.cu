@@ -89,7 +89,7 @@ struct Heap {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) gate_topk_kernel(GateParams p, bool aligned) {
+__global__ void __launch_bounds__(kThreads, 2) gate_topk_kernel(GateParams p, bool aligned) {
   using A = acc_t<T>;
   using Key = GateKey<A>;
   const Shape& shape = p.shape;

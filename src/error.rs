@@ -20,6 +20,15 @@ pub enum Error {
         message: String,
     },
 
+    /// A file that cannot be used, with the reason and, where there is one, the remedy.
+    #[error("{}: {message}", path.display())]
+    File {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
+
     /// Any other failure reported by tch.
     #[error(transparent)]
     Tch(#[from] tch::TchError),
@@ -33,5 +42,10 @@ impl Error {
     /// An [`Error::Config`] from its message.
     pub fn config(message: impl Into<String>) -> Self {
         Self::Config(message.into())
+    }
+
+    /// An [`Error::File`] from its path and message.
+    pub fn file(path: impl Into<std::path::PathBuf>, message: impl Into<String>) -> Self {
+        Self::File { path: path.into(), message: message.into() }
     }
 }

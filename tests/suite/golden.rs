@@ -37,13 +37,8 @@ impl Golden {
         let metadata = header.metadata().clone().unwrap();
         let number = |key: &str| metadata[key].parse().unwrap();
         let tensors = Tensor::read_safetensors(&path).unwrap();
-        let mut golden = Self {
-            name,
-            block_size: number("block_size"),
-            top_k: number("top_k"),
-            cu_seqlens: Vec::new(),
-            tensors,
-        };
+        let mut golden =
+            Self { name, block_size: number("block_size"), top_k: number("top_k"), cu_seqlens: Vec::new(), tensors };
         golden.cu_seqlens = Vec::try_from(golden.get("cu_seqlens")).unwrap();
         golden
     }
@@ -63,7 +58,8 @@ impl Golden {
         let problem = |n: usize| {
             let [q, k, v, dout] = ["q", "k", "v", "grad_out"].map(|name| self.dense(name, n));
             let (q_size, k_size) = (q.size(), k.size());
-            let case = Case { batch: 1, heads: q_size[1], heads_k: k_size[1], seqlen_q: q_size[2], ..self.shape(&k_size) };
+            let case =
+                Case { batch: 1, heads: q_size[1], heads_k: k_size[1], seqlen_q: q_size[2], ..self.shape(&k_size) };
             let dlse = Tensor::zeros(&q_size[..3], (Kind::Float, Device::Cpu));
             let expected = ["out", "dq", "dk", "dv"].map(|name| (name, self.dense(name, n)));
             (case, Inputs { q, k, v, dout, dlse }, expected)
@@ -144,8 +140,7 @@ fn other_dtypes_given_the_routing() {
                 for kind in KINDS {
                     let inputs = inputs.to(kind, device);
                     let config = case.config();
-                    let ours =
-                        Results::of(&inputs, |q, k, v| routed_attention(q, k, v, &chosen, &config).unwrap());
+                    let ours = Results::of(&inputs, |q, k, v| routed_attention(q, k, v, &chosen, &config).unwrap());
                     let plain = naive::attend(&case, &inputs, &chosen, scale(&case));
                     for (name, expected) in &expected {
                         let what = format!("{} {n} {name} {kind:?} on {device:?}", golden.name);

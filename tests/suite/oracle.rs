@@ -18,7 +18,8 @@ pub fn attend(case: &Case, inputs: &Inputs, route: &Tensor, softmax_scale: f64) 
         let first_key = (batch_head / heads * case.heads_k as usize + batch_head % heads / group) * sk;
         let position = sk - sq + i;
         let chosen = &route[r * slots..(r + 1) * slots];
-        let keys: Vec<usize> = (0..=position).filter(|&j| chosen.contains(&((j as i64 / case.block_size) as i32))).collect();
+        let keys: Vec<usize> =
+            (0..=position).filter(|&j| chosen.contains(&((j as i64 / case.block_size) as i32))).collect();
         let at = |j: usize| (first_key + j) * d..(first_key + j + 1) * d;
         let own = r * d..(r + 1) * d;
         let scores: Vec<f64> = keys.iter().map(|&j| softmax_scale * dot(&q[own.clone()], &k[at(j)])).collect();

@@ -1,0 +1,125 @@
+//! Attention over a routing that the caller gives, also one that `route` would never return.
+
+use rand::{Rng, SeedableRng, rngs::StdRng};
+use tch::{Device, Kind, Tensor};
+use tch_moba::{MobaConfig, routed_attention};
+
+use crate::{
+    kit::{Case, KINDS, Results, assert_accurate, assert_same_bits, assert_within, devices, largest, max_error, ulp},
+    naive, oracle,
+};
+
+fn scale(case: &Case) -> f64 {
+    (case.head_dim as f64).powf(-0.5)
+}
+
+/// Entries drawn from far below 0 to far beyond the last block; `keep` is put into every row's first slot.
+fn wild_route(case: &Case, slots: i64, seed: u64, keep: Option<&[i32]>) -> Tensor {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let rows = (case.batch * case.heads * case.seqlen_q) as usize;
+    let mut data = Vec::new();
+    for row in 0..rows {
+        for slot in 0..slots {
+            data.push(match rng.random_range(0..8) {
+                0 => [i32::MIN, i32::MAX, -1, case.blocks() as i32][rng.random_range(0..4)],
+                _ => rng.random_range(0..case.blocks() as i32),
+            });
+            if let (0, Some(keep)) = (slot, keep) {
+                *data.last_mut().unwrap() = keep[row % case.seqlen_q as usize];
+            }
+        }
+    }
+    Tensor::from_slice(&data).view([case.batch, case.heads, case.seqlen_q, slots])
+}
+
+#[test]
+fn any_entries_against_the_oracle() {
+    let cases = [
+        (Case::new(70, 16, 8, 1).heads(4, 2), 3),
+        (Case::new(65, 33, 16, 1).batch(2), 9),
+        (Case::new(90, 64, 32, 1).queries(20), 1),
+        (Case::new(33, 8, 1, 1), 40),
+    ];
+    for device in devices() {
+        for kind in KINDS {
+            for (n, (case, slots)) in cases.iter().enumerate() {
+                let inputs = case.inputs(n as u64, kind, device);
+                let first = case.seqlen_k - case.seqlen_q;
+                let current: Vec<i32> = (0..case.seqlen_q).map(|i| ((first + i) / case.block_size) as i32).collect();
+                let chosen = wild_route(case, *slots, n as u64, Some(&current)).to_device(device);
+                let ours = Results::of(&inputs, |q, k, v| routed_attention(q, k, v, &chosen, &case.config()).unwrap());
+                let naive = naive::attend(case, &inputs, &chosen, scale(case));
+                let truth = oracle::attend(case, &inputs, &chosen, scale(case));
+                for ((ours, naive), truth) in ours.named().iter().zip(naive.named()).zip(truth.named()) {
+                    let what = format!("{} of {case:?} {kind:?} on {device:?}", ours.0);
+                    assert_accurate(&what, ours.1, naive.1, truth.1);
+                }
+            }
+        }
+    }
+}
+
+/// Without the current block in every row, some rows see no key: out 0, lse -inf, no gradient.
+#[test]
+fn rows_without_keys() {
+    for device in devices() {
+        for kind in KINDS {
+            let case = Case::new(70, 16, 8, 1).heads(4, 2);
+            let inputs = case.inputs(5, kind, device);
+            let chosen = wild_route(&case, 2, 5, None).to_device(device);
+            let ours = Results::of(&inputs, |q, k, v| routed_attention(q, k, v, &chosen, &case.config()).unwrap());
+            let truth = oracle::attend(&case, &inputs, &chosen, scale(&case));
+            let empty = truth.lse.isneginf();
+            let count = empty.sum(Kind::Int64).int64_value(&[]);
+            assert!(count > 0 && count < empty.numel() as i64, "the routing has both kinds of rows");
+            let empty = empty.to_device(device);
+            assert!(ours.lse.isneginf().equal(&empty));
+            for x in [&ours.out, &ours.dq] {
+                assert_eq!(largest(&x.masked_select(&empty.unsqueeze(-1))), 0.0);
+            }
+            // A plain implementation has NaN in such rows, so the yardstick is a fixed number of roundings.
+            for ((name, ours), (_, truth)) in ours.named().iter().zip(truth.named()) {
+                let allowed = 16.0 * ulp(kind, largest(truth));
+                assert_within(&format!("{name} {kind:?} on {device:?}"), ours, truth, allowed);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_block_named_twice_counts_once() {
+    for device in devices() {
+        let case = Case::new(64, 32, 16, 1);
+        let inputs = case.inputs(6, Kind::Float, device);
+        let config = case.config();
+        let run = |chosen: &Tensor| Results::of(&inputs, |q, k, v| routed_attention(q, k, v, chosen, &config).unwrap());
+        let current = Tensor::arange(64, (Kind::Int, device)).divide_scalar_mode(16, "floor").to_kind(Kind::Int);
+        let current = current.view([1, 1, 64, 1]).expand([1, 2, 64, 1], false).contiguous();
+        let previous: Tensor = &current - 1;
+        let once = run(&Tensor::cat(&[&current, &previous], 3));
+        let often = run(&Tensor::cat(&[&current, &previous, &current, &previous, &previous], 3));
+        for ((name, once), (_, often)) in once.named().iter().zip(often.named()) {
+            assert!(
+                max_error(name, often, &once.to_kind(Kind::Double)) <= 4.0 * ulp(Kind::Float, largest(once)),
+                "{name}"
+            );
+        }
+        assert_same_bits(&"out", &once.out, &often.out);
+    }
+}
+
+#[test]
+fn the_order_of_the_slots_does_not_matter() {
+    for device in devices() {
+        let case = Case::new(96, 16, 8, 4);
+        let inputs = case.inputs(7, Kind::Double, device);
+        let config = MobaConfig::new(8, 1).unwrap();
+        let chosen = tch_moba::route(&inputs.q, &inputs.k, &case.config()).unwrap();
+        let run = |chosen: &Tensor| Results::of(&inputs, |q, k, v| routed_attention(q, k, v, chosen, &config).unwrap());
+        let (forward, backward) = (run(&chosen), run(&chosen.flip([3])));
+        for ((name, a), (_, b)) in forward.named().iter().zip(backward.named()) {
+            let b = b.to_device(Device::Cpu);
+            assert_within(&format!("{name} on {device:?}"), a, &b, 64.0 * ulp(Kind::Double, largest(&b)));
+        }
+    }
+}

@@ -31,6 +31,7 @@ __global__ void __launch_bounds__(kThreads) backward_keys_kernel(BackwardKeysPar
   A* weights = slice_b + kSlice * kPitch;
   __shared__ Gathered queries;
   __shared__ A row_lse[kTile], row_delta[kTile];
+  __shared__ int64_t sight[kTile];  // the last position that a row sees
 
   const int columns = static_cast<int>(shape.head_dim);
   const A scale = static_cast<A>(p.softmax_scale);
@@ -57,15 +58,19 @@ __global__ void __launch_bounds__(kThreads) backward_keys_kernel(BackwardKeysPar
       gather(queries, entries + first, count, shape.slots, block.sequence);
       __syncthreads();
       if (queries.position[count - 1] < key_position) continue;
-      if (threadIdx.x < kTile) {
-        const bool exists = threadIdx.x < count;
-        row_lse[threadIdx.x] = exists ? lse[queries.row[threadIdx.x] * p.lse.row] : A(0);
-        row_delta[threadIdx.x] = exists ? delta[queries.row[threadIdx.x]] : A(0);
+      bool blind = false;  // a row whose scores are all minus infinity
+      if (threadIdx.x < count) {
+        const int64_t row = queries.row[threadIdx.x];
+        row_lse[threadIdx.x] = lse[row * p.lse.row];
+        row_delta[threadIdx.x] = delta[row];
+        blind = row_lse[threadIdx.x] == minus_infinity<A>();
       }
+      if (threadIdx.x < kTile) sight[threadIdx.x] = blind ? -1 : queries.position[threadIdx.x];
+      const bool any_blind = __syncthreads_or(blind);
       const auto query = [&](int i) { return i < count ? q + queries.row[i] * p.q.row : nullptr; };
       const auto gradient = [&](int i) { return i < count ? dout + queries.row[i] * p.dout.row : nullptr; };
-      const bool masked = visible_keys(queries.position[0], key_position, keys) < keys;
-      const auto sees = [&](int i, int key) { return key_position + key <= queries.position[i]; };
+      const bool masked = any_blind || visible_keys(queries.position[0], key_position, keys) < keys;
+      const auto sees = [&](int i, int key) { return key_position + key <= sight[i]; };
 
       A weight[4][4], change[4][4];
       product<T>(weight, slice_a, slice_b, key_row, query, columns, aligned);
@@ -73,13 +78,11 @@ __global__ void __launch_bounds__(kThreads) backward_keys_kernel(BackwardKeysPar
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int row = thread_column() + j;
-        const A row_base = row_lse[row];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int key = thread_row() + i;
           const bool counts = key < keys && sees(row, key);
-          // A row whose scores are all minus infinity has that lse, and no weights.
-          weight[i][j] = counts && row_base != minus_infinity<A>() ? exponential(weight[i][j] * scale - row_base) : A(0);
+          weight[i][j] = counts ? exponential(weight[i][j] * scale - row_lse[row]) : A(0);
           change[i][j] = counts ? weight[i][j] * (change[i][j] - row_delta[row]) : A(0);
         }
       }

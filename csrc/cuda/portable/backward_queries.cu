@@ -32,15 +32,18 @@ __global__ void __launch_bounds__(kThreads)
   A* weights = slice_b + kSlice * kPitch;
   __shared__ Gathered queries;
   __shared__ A row_lse[kTile], row_delta[kTile];
+  __shared__ int64_t sight[kTile];  // the last position that a row sees
   gather(queries, p.lists.entries + list * shape.entries() + first, count, shape.slots, block.sequence);
   __syncthreads();
-  if (threadIdx.x < kTile) {
+  bool blind = false;  // a row whose scores are all minus infinity
+  if (threadIdx.x < count) {
     const int64_t row = queries.row[threadIdx.x];
-    const bool exists = threadIdx.x < count;
-    row_lse[threadIdx.x] = exists ? unit_base<A>(p.lse, unit, shape.heads)[row * p.lse.row] : A(0);
-    row_delta[threadIdx.x] = exists ? static_cast<const A*>(p.delta)[list * shape.rows + row] : A(0);
+    row_lse[threadIdx.x] = unit_base<A>(p.lse, unit, shape.heads)[row * p.lse.row];
+    row_delta[threadIdx.x] = static_cast<const A*>(p.delta)[list * shape.rows + row];
+    blind = row_lse[threadIdx.x] == minus_infinity<A>();
   }
-  __syncthreads();
+  if (threadIdx.x < kTile) sight[threadIdx.x] = blind ? -1 : queries.position[threadIdx.x];
+  const bool any_blind = __syncthreads_or(blind);
 
   const int columns = static_cast<int>(shape.head_dim);
   const A scale = static_cast<A>(p.softmax_scale);
@@ -67,21 +70,18 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = thread_row() + i;
-      visible[i] = visible_keys(queries.position[row], block_position + key0, here);
-      const A row_base = row_lse[row];
+      visible[i] = visible_keys(sight[row], block_position + key0, here);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const bool counts = thread_column() + j < visible[i];
-        // A row whose scores are all minus infinity has that lse, and no weights.
-        const A weight =
-            counts && row_base != minus_infinity<A>() ? exponential(scores[i][j] * scale - row_base) : A(0);
+        const A weight = counts ? exponential(scores[i][j] * scale - row_lse[row]) : A(0);
         change[i][j] = counts ? weight * (change[i][j] - row_delta[row]) : A(0);
       }
     }
     store_transposed(weights, change);
     weighted_sum<T>(
         dq, weights, slice_a, slice_b, key_row, here, column0, columns, aligned,
-        visible_keys(first_position, block_position + key0, here) < here,
+        any_blind || visible_keys(first_position, block_position + key0, here) < here,
         [&](int key, int i) { return key < visible[i]; });
   }
 

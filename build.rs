@@ -51,6 +51,7 @@ fn compile(libtorch: &Libtorch, cuda: Option<&cuda::Toolkit>) -> Result<()> {
         .opt_level(3)
         .flags(["-fno-math-errno", "-fno-trapping-math", "-fopenmp"])
         .warnings(false)
+        .include("csrc")
         .include(&libtorch.include)
         .include(libtorch.include.join("torch/csrc/api/include"))
         .link_lib_modifier("+whole-archive")

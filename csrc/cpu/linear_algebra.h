@@ -51,6 +51,8 @@ float exp_minus(float* values, int64_t count, float shift);  // values = exp(val
 double exp_minus(double* values, int64_t count, double shift);
 float largest(const float* values, int64_t count);  // NaN is skipped; -inf if there is nothing else
 double largest(const double* values, int64_t count);
+bool all_below(const float* values, int64_t count, float bound);  // false where either is NaN
+bool all_below(const double* values, int64_t count, double bound);
 // ds = p * (dp - shift) * scale, written over dp.
 void softmax_gradient(const float* p, float* dp, int64_t count, float shift, float scale);
 void softmax_gradient(const double* p, double* dp, int64_t count, double shift, double scale);

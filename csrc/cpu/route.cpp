@@ -59,6 +59,16 @@ struct Best {
   // below every number.
   static bool precedes(A score, A other) { return score >= other || std::isnan(other); }
 
+  // Scores of the blocks first, first + 1, ... Once the list is full most cannot enter: whole groups are passed over.
+  void offer_all(const A* offered, int64_t number, int32_t first) {
+    constexpr int64_t kGroup = 32;
+    for (int64_t begin = 0; begin < number; begin += kGroup) {
+      const int64_t end = std::min(number, begin + kGroup);
+      if (count == capacity && (capacity == 0 || all_below(offered + begin, end - begin, scores[count - 1]))) continue;
+      for (int64_t j = begin; j < end; ++j) offer(offered[j], first + static_cast<int32_t>(j));
+    }
+  }
+
   void offer(A score, int32_t block) {
     if (count == capacity && (capacity == 0 || !precedes(score, scores[count - 1]))) return;
     int64_t at = count < capacity ? count++ : count - 1;
@@ -101,9 +111,7 @@ void route_rows(const Problem& problem, const Task& task, const Tensor& q, const
                 {mean + first * head_dim, head_dim}, 0, {scratch.gate, kBlocks});
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t visible = std::min<int64_t>(count, chosen[i * slots] - first);
-      for (int64_t j = 0; j < visible; ++j) {
-        best[i].offer(scratch.gate[i * kBlocks + j], static_cast<int32_t>(first + j));
-      }
+      best[i].offer_all(scratch.gate + i * kBlocks, visible, static_cast<int32_t>(first));
     }
   }
 }

@@ -64,6 +64,19 @@ double largest(const double* values, int64_t count) {
   return best;
 }
 
+MOBA_VECTORISED bool all_below(const float* values, int64_t count, float bound) {
+  int32_t reached = 0;
+#pragma omp simd reduction(| : reached)
+  for (int64_t i = 0; i < count; ++i) reached |= !(values[i] < bound);
+  return reached == 0;
+}
+
+bool all_below(const double* values, int64_t count, double bound) {
+  bool below = true;
+  for (int64_t i = 0; i < count; ++i) below &= values[i] < bound;
+  return below;
+}
+
 MOBA_VECTORISED void softmax_gradient(const float* p, float* dp, int64_t count, float shift, float scale) {
   for (int64_t i = 0; i < count; ++i) dp[i] = p[i] * (dp[i] - shift) * scale;
 }

@@ -47,6 +47,10 @@ test: tools libtorch ## unit tests, suite, doc tests, then the operator from Pyt
 	PYTHONPATH="$(python_path)" MOBA_OPS_LIBRARY="$(CURDIR)/target/release/examples/libmoba_ops.so" \
 	  python3 -m pytest -q -p no:cacheprovider tests/python
 
+.PHONY: format
+format: ## cargo fmt, and clang-format (from PyPI, into target) for csrc
+	@scripts/format
+
 .PHONY: demo
 demo: tools libtorch ## train a language model with MoBA, export it, compare MoBA with full attention
 	@DEMO_STEPS=$(DEMO_STEPS) DEMO_SEQLEN=$(DEMO_SEQLEN) PYTHONPATH="$(python_path)" scripts/demo

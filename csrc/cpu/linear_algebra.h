@@ -51,8 +51,12 @@ float exp_minus(float* values, int64_t count, float shift);  // values = exp(val
 double exp_minus(double* values, int64_t count, double shift);
 float largest(const float* values, int64_t count);  // NaN is skipped; -inf if there is nothing else
 double largest(const double* values, int64_t count);
-bool all_below(const float* values, int64_t count, float bound);  // false where either is NaN
-bool all_below(const double* values, int64_t count, double bound);
+// A number that at least k of the values reach, close to the k-th largest; -inf where it finds none. NaN is skipped.
+float kth_bound(const float* values, int64_t count, int64_t k);
+double kth_bound(const double* values, int64_t count, int64_t k);
+// The indices of the values that are not below `bound` (NaN is not), ascending; returns their number.
+int64_t find_reaching(const float* values, int64_t count, float bound, int32_t* indices);
+int64_t find_reaching(const double* values, int64_t count, double bound, int32_t* indices);
 // ds = p * (dp - shift) * scale, written over dp.
 void softmax_gradient(const float* p, float* dp, int64_t count, float shift, float scale);
 void softmax_gradient(const double* p, double* dp, int64_t count, double shift, double scale);

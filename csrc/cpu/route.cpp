@@ -59,14 +59,14 @@ struct Best {
   // below every number.
   static bool precedes(A score, A other) { return score >= other || std::isnan(other); }
 
-  // Scores of the blocks first, first + 1, ... Once the list is full most cannot enter: whole groups are passed over.
+  // Scores of the blocks first, first + 1, ...: only those that can enter are looked at one by one.
   void offer_all(const A* offered, int64_t number, int32_t first) {
-    constexpr int64_t kGroup = 32;
-    for (int64_t begin = 0; begin < number; begin += kGroup) {
-      const int64_t end = std::min(number, begin + kGroup);
-      if (count == capacity && (capacity == 0 || all_below(offered + begin, end - begin, scores[count - 1]))) continue;
-      for (int64_t j = begin; j < end; ++j) offer(offered[j], first + static_cast<int32_t>(j));
-    }
+    if (capacity == 0) return;
+    A bound = kth_bound(offered, number, capacity);
+    if (count == capacity && scores[count - 1] > bound) bound = scores[count - 1];
+    int32_t candidates[kBlocks];
+    const int64_t found = find_reaching(offered, number, bound, candidates);
+    for (int64_t i = 0; i < found; ++i) offer(offered[candidates[i]], first + candidates[i]);
   }
 
   void offer(A score, int32_t block) {

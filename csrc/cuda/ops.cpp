@@ -1,5 +1,5 @@
-// The CUDA kernels of the internal operators: checks, memory from the caching allocator, device and stream, and the plain
-// parameters of each stage. The only file here that knows libtorch. Dense calls never synchronise with the host.
+// The CUDA kernels of the internal operators: checks, memory from the caching allocator, device and stream, and the
+// plain parameters of each stage. The only file here that knows libtorch. Dense calls never synchronise with the host.
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
@@ -141,8 +141,8 @@ class ListMemory {
  public:
   explicit ListMemory(const Shape& shape) : shape_(shape) {
     const int64_t entries = shape.entries();
-    chunks_ = std::min({kMaxChunks, ceil_divide(entries, kMinChunkEntries),
-                        std::max<int64_t>(1, entries / shape.blocks())});
+    chunks_ =
+        std::min({kMaxChunks, ceil_divide(entries, kMinChunkEntries), std::max<int64_t>(1, entries / shape.blocks())});
   }
 
   int64_t unit_bytes() const {
@@ -194,9 +194,8 @@ Tensor route(const Tensor& q_any, const Tensor& k_any, const OptionalTensor& cu_
   const Shape& shape = problem.shape();
 
   const auto options = q.options().dtype(at::kInt);
-  const Tensor route = cu_seqlens_q.has_value()
-                           ? at::empty({shape.heads, shape.rows, slots}, options)
-                           : at::empty({shape.groups, shape.heads, shape.rows, slots}, options);
+  const Tensor route = cu_seqlens_q.has_value() ? at::empty({shape.heads, shape.rows, slots}, options)
+                                                : at::empty({shape.groups, shape.heads, shape.rows, slots}, options);
   if (problem.empty()) return route.fill_(-1);
 
   const Tensor means = at::empty({shape.units_k(), shape.blocks(), shape.head_dim}, q.options());
@@ -275,8 +274,8 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q_any, const Tensor& k_any, cons
   return {out, lse};
 }
 
-// The sums always run in the same order, so `deterministic` asks for nothing more. The values of cu_seqlens were checked
-// by the forward pass.
+// The sums always run in the same order, so `deterministic` asks for nothing more. The values of cu_seqlens were
+// checked by the forward pass.
 std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& dout_any, const Tensor& dlse_any, const Tensor& q_any,
                                                    const Tensor& k_any, const Tensor& v_any, const Tensor& out_any,
                                                    const Tensor& lse_any, const Tensor& route_any,
@@ -360,5 +359,9 @@ TORCH_LIBRARY_IMPL(moba, CUDA, m) {
 
 }  // namespace moba
 
-// Referenced by the rest of the crate, and itself refers to libtorch_cuda: so linkers keep both.
-extern "C" int moba_cuda_anchor() { return at::cuda::warp_size(); }
+// Referenced by the rest of the crate, and itself refers to libtorch_cuda, so that linkers keep both. It takes an
+// address only: on a machine without a GPU a call would throw.
+extern "C" int moba_cuda_anchor() {
+  int (*volatile symbol)() = &at::cuda::warp_size;
+  return symbol != nullptr;
+}

@@ -50,8 +50,9 @@ struct MeansParams {
 
 // A gate score with its block, ordered as the selection wants it.
 constexpr int64_t kGateKeyBytes = 16;
-// Up to this many candidates per row stay in shared memory; more need GateParams::candidates.
-constexpr int64_t kGateSharedCandidates = 32;
+// Up to this many candidates per row stay in shared memory (86 KiB in all for float64, where some devices have 99);
+// more need GateParams::candidates.
+constexpr int64_t kGateSharedCandidates = 16;
 constexpr int64_t kGateRows = 64;
 
 struct GateParams {

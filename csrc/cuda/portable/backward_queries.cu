@@ -8,8 +8,7 @@ namespace {
 
 // Computes 64 * kGroups columns of dq; wider heads take several thread blocks, which all compute the scores.
 template <class T, int kGroups>
-__global__ void __launch_bounds__(kThreads)
-    backward_queries_kernel(BackwardQueriesParams p, int parts, bool aligned) {
+__global__ void __launch_bounds__(kThreads) backward_queries_kernel(BackwardQueriesParams p, int parts, bool aligned) {
   using A = acc_t<T>;
   const Shape& shape = p.shape;
   const int64_t tiles = max_tiles(shape), blocks = shape.blocks();
@@ -79,10 +78,9 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     store_transposed(weights, change);
-    weighted_sum<T>(
-        dq, weights, slice_a, slice_b, key_row, here, column0, columns, aligned,
-        any_blind || visible_keys(first_position, block_position + key0, here) < here,
-        [&](int key, int i) { return key < visible[i]; });
+    weighted_sum<T>(dq, weights, slice_a, slice_b, key_row, here, column0, columns, aligned,
+                    any_blind || visible_keys(first_position, block_position + key0, here) < here,
+                    [&](int key, int i) { return key < visible[i]; });
   }
 
   A* partial_dq = static_cast<A*>(p.partial_dq) + local * shape.entries() * columns;
@@ -113,8 +111,7 @@ __global__ void __launch_bounds__(32 * kWarps) sum_queries_kernel(BackwardQuerie
   if (local >= p.units.count) return;
   const int lane = threadIdx.x % 32;
   const int64_t unit = p.units.begin + local;
-  const int32_t* choices =
-      p.lists.choices + ((unit - p.lists.units.begin) * shape.rows + row) * shape.slots;
+  const int32_t* choices = p.lists.choices + ((unit - p.lists.units.begin) * shape.rows + row) * shape.slots;
   const A* partial_dq = static_cast<const A*>(p.partial_dq) + index * shape.slots * shape.head_dim;
   A sum[kColumnsPerLane] = {};
   for (int64_t slot = 0; slot < shape.slots; ++slot) {

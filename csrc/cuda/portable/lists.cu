@@ -1,5 +1,5 @@
-// Routing lists by a counting sort that is stable, so that the same route always gives the same lists: rows are cut into
-// chunks, one warp counts and later places the entries of one chunk in their order.
+// Routing lists by a counting sort that is stable, so that the same route always gives the same lists: rows are cut
+// into chunks, one warp counts and later places the entries of one chunk in their order.
 #include "cuda/launch.h"
 #include "cuda/portable/unit.cuh"
 

@@ -17,8 +17,7 @@ __global__ void __launch_bounds__(32 * kWarps) merge_kernel(MergeParams p) {
   if (local >= p.units.count) return;
   const int lane = threadIdx.x % 32;
   const int64_t unit = p.units.begin + local;
-  const int32_t* choices =
-      p.lists.choices + ((unit - p.lists.units.begin) * shape.rows + row) * shape.slots;
+  const int32_t* choices = p.lists.choices + ((unit - p.lists.units.begin) * shape.rows + row) * shape.slots;
   const int64_t first = index * shape.slots;
   const A* partial_out = static_cast<const A*>(p.partial_out) + first * shape.head_dim;
   const A* partial_lse = static_cast<const A*>(p.partial_lse) + first;

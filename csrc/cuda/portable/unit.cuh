@@ -17,7 +17,9 @@ __device__ __forceinline__ T* unit_base(const Target& target, int64_t unit, int6
 // Tiles and blocks of `size` tokens never cross a sequence. Numbering those of the sequence that begins at token
 // `begin` from begin / size + index leaves room for all of them without a prefix sum:
 // (begin + length) / size + 1 - begin / size >= ceil(length / size).
-__device__ __forceinline__ int64_t first_part(int64_t begin, int64_t index, int64_t size) { return begin / size + index; }
+__device__ __forceinline__ int64_t first_part(int64_t begin, int64_t index, int64_t size) {
+  return begin / size + index;
+}
 
 struct Sequence {
   int64_t index;
@@ -59,7 +61,8 @@ __device__ __forceinline__ Sequence sequence_of_part(const Shape& shape, const i
   return sequence_at(shape, low);
 }
 
-// The last sequence that begins at or before `row`; it holds the row, as those after an empty one begin at the same row.
+// The last sequence that begins at or before `row`; it holds the row, as those after an empty one begin at the same
+// row.
 __device__ __forceinline__ Sequence sequence_of_row(const Shape& shape, int64_t row) {
   int64_t low = 0, high = shape.sequences - 1;
   while (low < high) {
@@ -81,8 +84,7 @@ struct Block {
 
 __device__ __forceinline__ Block block_at(const Shape& shape, int64_t block) {
   const Sequence sequence = sequence_of_part(shape, shape.cu_seqlens_k, shape.keys, block, shape.block_size);
-  const int64_t offset =
-      (block - first_part(sequence.key_begin, sequence.index, shape.block_size)) * shape.block_size;
+  const int64_t offset = (block - first_part(sequence.key_begin, sequence.index, shape.block_size)) * shape.block_size;
   if (offset < 0) return {sequence, 0, 0};
   return {sequence, sequence.key_begin + offset, min(shape.block_size, sequence.keys - offset)};
 }

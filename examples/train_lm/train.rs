@@ -129,8 +129,11 @@ impl<'a> Trainer<'a> {
         while self.state.step < end {
             pending.push(self.step()?);
             let step = self.state.step;
-            let due = |every: u64| step % every == 0 || step == end;
-            if !(due(args.log_every) || due(args.eval_every) || due(args.save_every)) {
+            // A run cut by --stop-at measures nothing that the whole run would not.
+            let log = step % args.log_every == 0 || step == end;
+            let evaluate = step % args.eval_every == 0 || step == run.steps;
+            let save = step % args.save_every == 0 || step == end;
+            if !(log || evaluate || save) {
                 continue;
             }
             let tokens = pending.len() as u64 * run.tokens_per_step();
@@ -139,12 +142,12 @@ impl<'a> Trainer<'a> {
             trained += tokens;
             bar.set_position(step);
             bar.set_message(format!("loss {loss:.3}, {:.0} tokens/s", trained as f64 / spent.as_secs_f64()));
-            if due(args.eval_every) {
+            if evaluate {
                 let loss = self.measure_held_out(&mut metrics)?;
                 bar.suspend(|| println!("step {step:>6}  held-out loss {loss:.4}"));
                 self.draw(&metrics)?;
             }
-            if due(args.save_every) {
+            if save {
                 checkpoint::save(&args.out, &self.state, self.model.config(), &self.vs, &self.optimizer)?;
             }
             metrics.flush()?;

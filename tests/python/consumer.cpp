@@ -1,9 +1,10 @@
 // A libtorch program that knows nothing of tch-moba but the name of its library: consumer LIBRARY MODULE.
-// Prints the sum of the module's output for inputs of ones, the first line of an error, and the sum again.
+// Prints the sum of the module's output for inputs of ones, an error in one line, and the sum again.
 #include <ATen/ATen.h>
 #include <dlfcn.h>
 #include <torch/csrc/jit/serialization/import.h>
 
+#include <algorithm>
 #include <iostream>
 #include <string>
 
@@ -22,8 +23,9 @@ int main(int argc, char** argv) {
   try {
     sum(4);
   } catch (const std::exception& error) {
-    const std::string text = error.what();
-    std::cout << text.substr(0, text.find('\n')) << std::endl;
+    std::string text = error.what();
+    std::replace(text.begin(), text.end(), '\n', ' ');
+    std::cout << text << std::endl;
   }
   std::cout << sum(8) << std::endl;
   return 0;

@@ -95,12 +95,14 @@ fn run(args: &Args) -> Result<()> {
     tch::manual_seed(args.seed);
     let tokens = Tensor::randint(config.vocab_size, [1, seqlen], (Kind::Int64, device));
     let module = trace(&model, &tokens)?;
-    module.save(&out).with_context(|| format!("cannot write {}", out.display()))?;
     write_facts(&out, &config, &model, seqlen)?;
+    module.save(&out).map_err(tch_moba::Error::from).with_context(|| format!("cannot write {}", out.display()))?;
 
     // The module below knows the operators by name only: without this call a program that merely loads it has none.
     dispatch::ensure_loaded();
-    let reloaded = CModule::load_on_device(&out, device).with_context(|| format!("cannot load {}", out.display()))?;
+    let reloaded = CModule::load_on_device(&out, device)
+        .map_err(tch_moba::Error::from)
+        .with_context(|| format!("cannot load {}", out.display()))?;
     // Other tokens than those of the trace: their routing is another, and must be computed anew.
     let tokens = Tensor::randint(config.vocab_size, [1, seqlen], (Kind::Int64, device));
     let difference = compare(&model, &reloaded, &tokens)?;
@@ -150,7 +152,7 @@ fn write_facts(out: &Path, config: &LlamaConfig, model: &Llama, seqlen: i64) -> 
     let path = PathBuf::from(format!("{}.json", out.display()));
     fs::write(&path, serde_json::to_string_pretty(&facts)?)
         .with_context(|| format!("cannot write {}", path.display()))?;
-    println!("exported {} (facts in {})", out.display(), path.display());
+    println!("exporting {} (facts in {})", out.display(), path.display());
     println!("fixed in it: {seqlen} tokens, policy {} (layers: {})", config.policy, layers.join(" "));
     Ok(())
 }
@@ -159,7 +161,12 @@ fn compare(model: &Llama, reloaded: &CModule, tokens: &Tensor) -> Result<f64> {
     tch::no_grad(|| {
         let wanted = model.forward(tokens, Step::prefill(1.0))?;
         let given = reloaded.forward_ts(&[tokens])?;
-        ensure!(given.size() == wanted.size(), "the reloaded module gives {:?}, wanted {:?}", given.size(), wanted.size());
+        ensure!(
+            given.size() == wanted.size(),
+            "the reloaded module gives {:?}, wanted {:?}",
+            given.size(),
+            wanted.size()
+        );
         let largest = |tensor: &Tensor| f64::try_from(tensor.abs().max());
         let (difference, scale) = (largest(&(&given - &wanted))?, largest(&wanted)?);
         // The same operators on the same numbers; only a fused elementwise kernel may round differently.

@@ -48,9 +48,7 @@ pub fn draw(path: &Path, title: &str, records: &[Record]) -> Result<()> {
             .label("training batch")
             .legend(|(x, y)| PathElement::new([(x, y), (x + 20, y)], TRAIN.stroke_width(2)));
         chart
-            .draw_series(
-                LineSeries::new(held_out.iter().copied(), HELD_OUT.stroke_width(2)).point_size(3),
-            )?
+            .draw_series(LineSeries::new(held_out.iter().copied(), HELD_OUT.stroke_width(2)).point_size(3))?
             .label("held out")
             .legend(|(x, y)| PathElement::new([(x, y), (x + 20, y)], HELD_OUT.stroke_width(2)));
         chart

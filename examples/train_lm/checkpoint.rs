@@ -79,9 +79,7 @@ fn list(out: &Path) -> Result<BTreeMap<u64, PathBuf>> {
 }
 
 fn write_tensors(path: &Path, tensors: BTreeMap<String, Tensor>) -> Result<()> {
-    let tensors: Vec<(String, Tensor)> = tensors
-        .into_iter()
-        .map(|(name, tensor)| (name, tensor.detach().to_device(Device::Cpu).contiguous()))
-        .collect();
+    let tensors: Vec<(String, Tensor)> =
+        tensors.into_iter().map(|(name, tensor)| (name, tensor.detach().to_device(Device::Cpu).contiguous())).collect();
     Ok(Tensor::write_safetensors(&tensors, path)?)
 }

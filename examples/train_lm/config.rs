@@ -126,6 +126,8 @@ impl RunConfig {
             num_attention_heads: self.heads,
             num_key_value_heads: Some(self.heads_k),
             max_position_embeddings: self.seqlen,
+            // Hugging Face's 0.02 suits a width of thousands; a narrow model starts to learn later with it.
+            initializer_range: (self.hidden as f64).powf(-0.5),
             tie_word_embeddings: true,
             moba: self.moba,
             policy: self.policy.clone(),

@@ -91,8 +91,11 @@ impl<'a> Trainer<'a> {
     fn new(args: &'a Args, device: Device, corpus: &'a Corpus) -> Result<Self> {
         let run = &args.run;
         let windows = Windows::new("training", &corpus.train, run.seqlen, run.seed)?;
-        let held_out =
-            Windows::new("held-out", &corpus.held_out, run.seqlen, run.seed)?.spread(HELD_OUT_WINDOWS, run.batch, device);
+        let held_out = Windows::new("held-out", &corpus.held_out, run.seqlen, run.seed)?.spread(
+            HELD_OUT_WINDOWS,
+            run.batch,
+            device,
+        );
         tch::manual_seed(run.seed as i64);
         let vs = nn::VarStore::new(device);
         let model = Llama::new(vs.root(), &run.llama())?;
@@ -242,7 +245,8 @@ impl<'a> Trainer<'a> {
     }
 
     fn draw(&self, metrics: &Metrics) -> Result<()> {
-        let title = format!("policy {}, MoBA {}, {} tokens of context", self.run.policy, self.run.moba, self.run.seqlen);
+        let title =
+            format!("policy {}, MoBA {}, {} tokens of context", self.run.policy, self.run.moba, self.run.seqlen);
         chart::draw(&self.args.out.join("loss.svg"), &title, &metrics.records)
     }
 }

@@ -29,6 +29,9 @@ struct Golden {
     tensors: Vec<(String, Tensor)>,
 }
 
+/// Inputs, and the reference's out, dq, dk and dv.
+type Problem = (Case, Inputs, [(&'static str, Tensor); 4]);
+
 impl Golden {
     fn read(name: &'static str) -> Self {
         let path = golden_dir().join(name).with_extension("safetensors");
@@ -54,7 +57,7 @@ impl Golden {
     }
 
     /// Every sequence as a dense problem, with the reference's results.
-    fn problems(&self) -> Vec<(Case, Inputs, [(&'static str, Tensor); 4])> {
+    fn problems(&self) -> Vec<Problem> {
         let problem = |n: usize| {
             let [q, k, v, dout] = ["q", "k", "v", "grad_out"].map(|name| self.dense(name, n));
             let (q_size, k_size) = (q.size(), k.size());

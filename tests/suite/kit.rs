@@ -9,12 +9,18 @@ use tch_moba::MobaConfig;
 
 pub const KINDS: [Kind; 4] = [Kind::Double, Kind::Float, Kind::BFloat16, Kind::Half];
 
-/// The CPU, and the first GPU where there is one. `MOBA_REQUIRE_CUDA=1` makes a missing GPU a failure.
+/// The CPU, and the first GPU where there is one and the build has kernels for it. `MOBA_REQUIRE_CUDA=1` makes it a
+/// failure to have none.
 pub fn devices() -> Vec<Device> {
     let gpu = Device::cuda_if_available();
+    let usable = gpu.is_cuda() && cfg!(feature = "cuda");
     let required = env::var("MOBA_REQUIRE_CUDA").is_ok_and(|value| value == "1");
-    assert!(gpu.is_cuda() || !required, "MOBA_REQUIRE_CUDA=1, but libtorch sees no CUDA device");
-    if gpu.is_cuda() && cfg!(feature = "cuda") { vec![Device::Cpu, gpu] } else { vec![Device::Cpu] }
+    assert!(
+        usable || !required,
+        "MOBA_REQUIRE_CUDA=1, but the GPU is {gpu:?} and the feature `cuda` is {}",
+        if cfg!(feature = "cuda") { "on" } else { "off" }
+    );
+    if usable { vec![Device::Cpu, gpu] } else { vec![Device::Cpu] }
 }
 
 /// `MOBA_SUITE_SMALL=1` leaves out the larger shapes, for runs under compute-sanitizer.

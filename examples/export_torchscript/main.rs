@@ -95,7 +95,7 @@ fn run(args: &Args) -> Result<()> {
     tch::manual_seed(args.seed);
     let tokens = Tensor::randint(config.vocab_size, [1, seqlen], (Kind::Int64, device));
     let module = trace(&model, &tokens)?;
-    write_facts(&out, &config, &model, seqlen)?;
+    write_facts(&out, &config, &model, seqlen, device)?;
     module.save(&out).map_err(tch_moba::Error::from).with_context(|| format!("cannot write {}", out.display()))?;
 
     // The module below knows the operators by name only: without this call a program that merely loads it has none.
@@ -139,11 +139,13 @@ fn trace(model: &Llama, tokens: &Tensor) -> Result<CModule> {
 }
 
 /// Says, and writes beside the module, what the trace has fixed.
-fn write_facts(out: &Path, config: &LlamaConfig, model: &Llama, seqlen: i64) -> Result<()> {
+fn write_facts(out: &Path, config: &LlamaConfig, model: &Llama, seqlen: i64, device: Device) -> Result<()> {
     let layers: Vec<String> = model.kinds(Step::prefill(1.0)).iter().map(ToString::to_string).collect();
     let facts = json!({
         "seqlen": seqlen,
         "vocab_size": config.vocab_size,
+        // Weights are constants of a traced program, so moving the module later does not move them.
+        "device": format!("{device:?}"),
         "moba": config.moba,
         "policy": config.policy,
         "attention_by_layer": layers,

@@ -13,8 +13,10 @@ const HELD_OUT: RGBColor = RGBColor(0xb3, 0x3c, 0x00);
 
 /// Draws training and held-out loss over the tokens trained on.
 pub fn draw(path: &Path, title: &str, records: &[Record]) -> Result<()> {
+    let tokens = records.iter().map(|record| record.tokens).max().unwrap_or(0);
+    let (unit, name, digits) = if tokens < 2_000_000 { (1e3, "thousand", 0) } else { (1e6, "million", 1) };
     let curve = |loss: fn(&Record) -> Option<f64>| -> Vec<(f64, f64)> {
-        records.iter().filter_map(|record| Some((record.tokens as f64 / 1e6, loss(record)?))).collect()
+        records.iter().filter_map(|record| Some((record.tokens as f64 / unit, loss(record)?))).collect()
     };
     let (train, held_out) = (curve(|record| record.loss), curve(|record| record.held_out));
     let values = || train.iter().chain(&held_out);
@@ -34,9 +36,9 @@ pub fn draw(path: &Path, title: &str, records: &[Record]) -> Result<()> {
             .build_cartesian_2d(0.0..end, 0.0..top)?;
         chart
             .configure_mesh()
-            .x_desc("million tokens (bytes)")
+            .x_desc(format!("{name} tokens (bytes) trained on"))
             .y_desc("loss, nats per byte")
-            .x_label_formatter(&|x| format!("{x:.0$}", if end < 2.0 { 2 } else { 1 }))
+            .x_label_formatter(&|x| format!("{x:.digits$}"))
             .y_label_formatter(&|y| format!("{y:.1}"))
             .light_line_style(WHITE)
             .bold_line_style(BLACK.mix(0.1))

@@ -31,8 +31,8 @@ impl Corpus {
         let files = if data.is_empty() { libtorch_headers()? } else { given_files(data)? };
         let documents = documents(files)?;
         let (mut train, mut held_out) = (Vec::new(), Vec::new());
-        for (_, text) in &documents {
-            let part = if hash(text) % HELD_OUT == 0 { &mut held_out } else { &mut train };
+        for text in documents.values() {
+            let part = if hash(text).is_multiple_of(HELD_OUT) { &mut held_out } else { &mut train };
             part.extend_from_slice(text);
             part.push(SEPARATOR);
         }

@@ -133,9 +133,9 @@ impl<'a> Trainer<'a> {
             pending.push(self.step()?);
             let step = self.state.step;
             // A run cut by --stop-at measures nothing that the whole run would not.
-            let log = step % args.log_every == 0 || step == end;
-            let evaluate = step % args.eval_every == 0 || step == run.steps;
-            let save = step % args.save_every == 0 || step == end;
+            let log = step.is_multiple_of(args.log_every) || step == end;
+            let evaluate = step.is_multiple_of(args.eval_every) || step == run.steps;
+            let save = step.is_multiple_of(args.save_every) || step == end;
             if !(log || evaluate || save) {
                 continue;
             }

@@ -26,7 +26,7 @@ pub struct Args {
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..))]
     pub save_every: u64,
     /// Measure the held-out loss every so many steps, and at the end
-    #[arg(long, default_value_t = 25, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..))]
     pub eval_every: u64,
     /// Read losses back from the device every so many steps
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
@@ -64,9 +64,9 @@ pub struct RunConfig {
     #[arg(long, default_value_t = 1024)]
     pub seqlen: i64,
     /// Sequences in a batch
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, default_value_t = 2)]
     pub batch: i64,
-    #[arg(long, default_value_t = 240)]
+    #[arg(long, default_value_t = 400)]
     pub steps: u64,
     /// Peak learning rate, reached after the warm-up; it then falls to a tenth along a cosine
     #[arg(long, default_value_t = 3e-3)]

@@ -102,7 +102,10 @@ fn config_of_another_model_is_refused() {
         (r#"{"hidden_act": "gelu"}"#, r#"hidden_act must be "silu", got "gelu""#),
         (r#"{"rope_scaling": {"type": "linear", "factor": 2.0}}"#, r#"rope_scaling must be null or of type "default""#),
         (r#"{"rope_parameters": {"rope_type": "llama3"}}"#, r#"got type "llama3""#),
-        (r#"{"num_key_value_heads": 5}"#, "num_attention_heads must be a multiple of num_key_value_heads, got 32 and 5"),
+        (
+            r#"{"num_key_value_heads": 5}"#,
+            "num_attention_heads must be a multiple of num_key_value_heads, got 32 and 5",
+        ),
         (r#"{"hidden_size": 100}"#, "hidden_size must be a multiple of num_attention_heads, got 100 and 32"),
         (r#"{"head_dim": 33}"#, "head_dim must be even and at least 2, got 33"),
         (r#"{"vocab_size": 0}"#, "vocab_size must be at least 1, got 0"),

@@ -8,6 +8,8 @@ use crate::{
     oracle,
 };
 
+const DRAWS: u64 = 12;
+
 /// `true` where a query sees a key: `[batch, heads, seqlen_q, seqlen_k]`.
 pub fn mask(case: &Case, route: &Tensor) -> Tensor {
     let options = (Kind::Int64, route.device());
@@ -51,11 +53,11 @@ pub fn attend(case: &Case, inputs: &Inputs, route: &Tensor, softmax_scale: f64) 
 /// Asserts that `ours` is as good as the plain implementation, both against the oracle: shape, dtype, non-finite
 /// positions, then an error of at most twice the plain one plus one unit in the last place of the largest value.
 ///
-/// The error of a small problem may vanish by luck, so the plain one is the largest of a few problems that differ from
-/// the given one in the signs of its numbers only.
+/// The error of a small problem may vanish by luck, so the plain one is the largest of several problems that differ from
+/// the given one in the signs of its numbers only: largest errors scatter by a factor of two to three between draws.
 pub fn assert_as_good(what: &str, case: &Case, inputs: &Inputs, route: &Tensor, softmax_scale: f64, ours: &Results) {
     let mut plain = [0.0f64; 5];
-    for seed in 0..4 {
+    for seed in 0..DRAWS {
         let inputs = if seed == 0 { inputs.map(Tensor::shallow_clone) } else { with_other_signs(inputs, seed) };
         let (naive, truth) =
             (attend(case, &inputs, route, softmax_scale), oracle::attend(case, &inputs, route, softmax_scale));

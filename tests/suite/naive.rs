@@ -69,8 +69,15 @@ pub fn assert_as_good(what: &str, case: &Case, inputs: &Inputs, route: &Tensor, 
     for ((plain, (name, ours)), (_, truth)) in plain.iter().zip(ours.named()).zip(truth.named()) {
         let kind = if name == "lse" { lse_kind(inputs.q.kind()) } else { inputs.q.kind() };
         assert_eq!((ours.kind(), ours.device()), (kind, inputs.q.device()), "{name}, {what}");
-        assert_within(&format!("{name}, {what}"), ours, truth, 2.0 * plain + ulp(kind, largest(truth)));
+        let unit = ulp(kind, largest(truth));
+        assert_within(&format!("{name}, {what}"), ours, truth, 2.0 * plain + unit + oracle_error(kind, unit));
     }
+}
+
+/// The oracle computes in float64, so for float64 it is no better than what it judges: its sums are compensated, but the
+/// argument of each exponential is rounded, and scores of size 5 make that several units in the last place.
+fn oracle_error(kind: Kind, unit: f64) -> f64 {
+    if kind == Kind::Double { 8.0 * unit } else { 0.0 }
 }
 
 fn with_other_signs(inputs: &Inputs, seed: u64) -> Inputs {

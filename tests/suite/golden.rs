@@ -148,7 +148,8 @@ fn dense_and_packed_float32() {
             let (out, _) = moba_attention_varlen(&q, &k, &v, &packed, &config).unwrap();
             let [dq, dk, dv] = gradients(&[&out], &[&golden.get("grad_out").to_device(device)], &[&q, &k, &v]);
             let packed = [("out", out), ("dq", dq), ("dk", dk), ("dv", dv)];
-            let problems = golden.measure(Kind::Float, device, |case, x| gate::route(case, &x.q, &x.k));
+            let problems =
+                golden.measure(Kind::Float, device, |case, x| gate::route(case, &x.q, &x.k).to_device(device));
             for (n, Measured { inputs, expected, .. }) in problems.iter().enumerate() {
                 let on_device = inputs.to(Kind::Float, device);
                 let dense = Results::of(&on_device, |q, k, v| moba_attention_with_lse(q, k, v, &config).unwrap());

@@ -27,7 +27,7 @@ libtorch: ## put libtorch (the PyTorch wheel, 5 GB) into .libtorch; skipped if L
 ifneq ($(LIBTORCH)$(LIBTORCH_USE_PYTORCH),)
 	@echo "libtorch: using yours ($(if $(LIBTORCH_USE_PYTORCH),that of python3,$(LIBTORCH))), nothing to install"
 else
-	@scripts/wheels .libtorch torch==$(TORCH) numpy pytest safetensors
+	@scripts/wheels .libtorch torch==$(TORCH) numpy pytest
 endif
 
 .PHONY: cuda-toolkit
@@ -44,8 +44,8 @@ test: tools libtorch ## unit tests, suite, doc tests, then the operator from Pyt
 	cargo test --release
 	@echo "test: Python"
 	cargo build --release --example moba_ops
-	PYTHONPATH="$(python_path)" MOBA_OPS_LIBRARY="$(CURDIR)/target/release/examples/libmoba_ops.so" \
-	  python3 -m pytest -q -p no:cacheprovider tests/python
+	PYTHONPATH="$(python_path)" TORCHINDUCTOR_CACHE_DIR="$(CURDIR)/target/inductor" \
+	  python3 -m pytest -q -p no:cacheprovider --basetemp target/pytest tests/python
 
 .PHONY: format
 format: ## cargo fmt, and clang-format (from PyPI, into target) for csrc

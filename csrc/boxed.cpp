@@ -12,10 +12,11 @@ namespace moba {
 
 // Mirrored by `Argument` in src/dispatch.rs.
 struct Argument {
-  int32_t tag;  // 0 None, 1 Tensor, 2 int, 3 float, 4 bool
-  int64_t integer;
+  int32_t tag;  // 0 None, 1 Tensor, 2 int, 3 float, 4 bool, 5 Tensor[]
+  int64_t integer;  // also the number of `tensors`
   double number;
   const at::Tensor* tensor;
+  const at::Tensor* const* tensors;
 };
 
 namespace {
@@ -26,6 +27,12 @@ c10::IValue to_ivalue(const Argument& argument) {
     case 2: return argument.integer;
     case 3: return argument.number;
     case 4: return argument.integer != 0;
+    case 5: {
+      c10::List<at::Tensor> list;
+      list.reserve(argument.integer);
+      for (int64_t i = 0; i < argument.integer; ++i) list.push_back(*argument.tensors[i]);
+      return list;
+    }
     default: return {};
   }
 }

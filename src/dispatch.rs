@@ -27,11 +27,19 @@ pub enum Value<'a> {
     Double(f64),
     /// `bool`.
     Bool(bool),
+    /// `Tensor[]`.
+    Tensors(&'a [Tensor]),
 }
 
 impl<'a> From<&'a Tensor> for Value<'a> {
     fn from(tensor: &'a Tensor) -> Self {
         Self::Tensor(tensor)
+    }
+}
+
+impl<'a> From<&'a [Tensor]> for Value<'a> {
+    fn from(tensors: &'a [Tensor]) -> Self {
+        Self::Tensors(tensors)
     }
 }
 
@@ -66,17 +74,23 @@ struct Argument {
     int: i64,
     double: f64,
     tensor: *const C_tensor,
+    tensors: *const *const C_tensor,
 }
 
-impl From<&Value<'_>> for Argument {
-    fn from(value: &Value<'_>) -> Self {
-        let none = Self { tag: 0, int: 0, double: 0.0, tensor: std::ptr::null() };
+impl Argument {
+    /// `list` receives the pointers of a tensor list, and must outlive the argument.
+    fn new(value: &Value<'_>, list: &mut Vec<*const C_tensor>) -> Self {
+        let none = Self { tag: 0, int: 0, double: 0.0, tensor: std::ptr::null(), tensors: std::ptr::null() };
         match *value {
             Value::None => none,
             Value::Tensor(tensor) => Self { tag: 1, tensor: tensor.as_ptr(), ..none },
             Value::Int(int) => Self { tag: 2, int, ..none },
             Value::Double(double) => Self { tag: 3, double, ..none },
             Value::Bool(bool) => Self { tag: 4, int: i64::from(bool), ..none },
+            Value::Tensors(tensors) => {
+                list.extend(tensors.iter().map(Tensor::as_ptr));
+                Self { tag: 5, int: tensors.len() as i64, tensors: list.as_ptr(), ..none }
+            }
         }
     }
 }
@@ -116,11 +130,13 @@ pub fn call(name: &str, arguments: &[Value<'_>]) -> Result<Vec<Tensor>> {
     const CAPACITY: usize = 16;
     ensure_loaded();
     let c_name = c_string(name)?;
-    let arguments: Vec<Argument> = arguments.iter().map(Argument::from).collect();
+    let mut lists = vec![Vec::new(); arguments.len()];
+    let arguments: Vec<Argument> =
+        arguments.iter().zip(&mut lists).map(|(value, list)| Argument::new(value, list)).collect();
     let mut outputs = [std::ptr::null_mut(); CAPACITY];
     let mut written = 0;
-    // SAFETY: the pointers outlive the call, the tensors behind `arguments` are borrowed for it, and C++ writes at
-    // most CAPACITY owned tensors and their number.
+    // SAFETY: the pointers, those in `lists` included, outlive the call; the tensors behind `arguments` are borrowed
+    // for it; C++ writes at most CAPACITY owned tensors and their number.
     let error = unsafe {
         moba_call(c_name.as_ptr(), arguments.as_ptr(), arguments.len(), outputs.as_mut_ptr(), CAPACITY, &mut written)
     };

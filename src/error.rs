@@ -30,8 +30,8 @@ pub enum Error {
     },
 
     /// Any other failure reported by tch.
-    #[error(transparent)]
-    Tch(#[from] tch::TchError),
+    #[error("{}", without_backtrace(.0))]
+    Tch(tch::TchError),
 
     /// A gradient that does not agree with the central differences of its function.
     #[error("gradient check failed: {0}")]
@@ -48,4 +48,18 @@ impl Error {
     pub fn file(path: impl Into<std::path::PathBuf>, message: impl Into<String>) -> Self {
         Self::File { path: path.into(), message: message.into() }
     }
+}
+
+// Not `#[from]`: that would also make it the source, and whoever prints the chain would see the message twice, the
+// second time with the backtrace.
+impl From<tch::TchError> for Error {
+    fn from(error: tch::TchError) -> Self {
+        Self::Tch(error)
+    }
+}
+
+/// tch hands on libtorch's message with the C++ backtrace after it.
+fn without_backtrace(error: &tch::TchError) -> String {
+    let text = error.to_string();
+    text.split("\nException raised from").next().unwrap_or_default().to_owned()
 }

@@ -20,9 +20,8 @@ pub fn full_attention(q: &Tensor, k: &Tensor, v: &Tensor, softmax_scale: Option<
     // libtorch aligns its own causal mask to the first key, which is the same only for equal lengths; one query at the
     // end sees every key and needs no mask.
     let is_causal = seqlen_q == seqlen_k && seqlen_q > 1;
-    let mask = (1 < seqlen_q && seqlen_q < seqlen_k)
-        .then(|| end_aligned_mask(seqlen_q, seqlen_k, q.device()))
-        .transpose()?;
+    let mask =
+        (1 < seqlen_q && seqlen_q < seqlen_k).then(|| end_aligned_mask(seqlen_q, seqlen_k, q.device())).transpose()?;
     let grouped = heads != heads_k;
     Ok(Tensor::f_scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, softmax_scale, grouped)?)
 }

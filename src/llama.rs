@@ -9,7 +9,7 @@ use std::borrow::Borrow;
 use tch::{Kind, Tensor, nn};
 
 pub use config::{LlamaConfig, RopeParameters};
-pub use weights::{load_weights, read_tensors};
+pub use weights::{load_tensors, load_weights, read_tensors};
 
 use crate::{
     Attention, AttentionConfig, AttentionKind, Error, Result, Step,

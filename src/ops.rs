@@ -9,6 +9,7 @@ use tch::Tensor;
 use crate::{
     Error, MobaConfig, Result,
     dispatch::{Value, call},
+    select,
 };
 
 /// MoBA attention (arXiv 2502.13189, equations 2 to 6): `out [batch, heads, seqlen_q, head_dim]` in the dtype of `q`.
@@ -27,6 +28,9 @@ pub fn moba_attention(q: &Tensor, k: &Tensor, v: &Tensor, config: &MobaConfig) -
 /// # Errors
 /// As [`moba_attention`].
 pub fn moba_attention_with_lse(q: &Tensor, k: &Tensor, v: &Tensor, config: &MobaConfig) -> Result<(Tensor, Tensor)> {
+    if tracing::enabled!(tracing::Level::DEBUG) {
+        select(q, k, v, config); // logs its answer
+    }
     let arguments = [q.into(), k.into(), v.into(), config.block_size().into(), config.top_k().into()]
         .into_iter()
         .chain(options(config));

@@ -97,7 +97,15 @@ type Filter = (&'static str, fn(&Inputs<'_>) -> Result<(), String>);
 
 /// In order of preference. A backend's own filters run first, then the common ones; each may rely on those before it.
 const BACKENDS: &[(Backend, &[Filter])] = &[
-    (Backend::CudaPortable, &[("device", on_cuda), ("build", built_with_cuda), ("head_dim", head_dim_at_most_256)]),
+    (
+        Backend::CudaPortable,
+        &[
+            ("device", on_cuda),
+            ("build", built_with_cuda),
+            ("head_dim", head_dim_at_most_256),
+            ("tokens", tokens_fit_int32),
+        ],
+    ),
     (Backend::Cpu, &[("device", on_cpu)]),
 ];
 
@@ -122,6 +130,11 @@ fn built_with_cuda(_: &Inputs<'_>) -> Result<(), String> {
 fn head_dim_at_most_256(inputs: &Inputs<'_>) -> Result<(), String> {
     let head_dim = inputs.q.size().last().copied().unwrap_or(0);
     want(head_dim <= 256, || format!("want at most 256, got {head_dim}"))
+}
+
+fn tokens_fit_int32(inputs: &Inputs<'_>) -> Result<(), String> {
+    let tokens = [inputs.q, inputs.k].map(|x| x.size().get(2).copied().unwrap_or(0)).into_iter().max().unwrap_or(0);
+    want(tokens <= i64::from(i32::MAX), || format!("want at most {} tokens, got {tokens}", i32::MAX))
 }
 
 fn on_cpu(inputs: &Inputs<'_>) -> Result<(), String> {
@@ -156,8 +169,8 @@ fn shape(inputs: &Inputs<'_>) -> Result<(), String> {
 
 fn heads(inputs: &Inputs<'_>) -> Result<(), String> {
     let (heads, heads_k) = (inputs.q.size()[1], inputs.k.size()[1]);
-    let multiple = heads_k > 0 && heads % heads_k == 0;
-    want(multiple, || format!("want the heads of q to be a multiple of those of k, got {heads} and {heads_k}"))
+    let multiple = heads > 0 && heads_k > 0 && heads % heads_k == 0;
+    want(multiple, || format!("want the heads of q to be a positive multiple of those of k, got {heads} and {heads_k}"))
 }
 
 fn seqlen(inputs: &Inputs<'_>) -> Result<(), String> {

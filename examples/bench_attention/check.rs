@@ -1,25 +1,23 @@
-//! Is the answer right? Sampled rows of the output, of dq and of the routing are recomputed in float64.
+//! Is the answer right? Sampled rows of the output, of the gradients and of the routing are recomputed in float64.
 
 use std::fmt;
 
 use anyhow::Result;
 use tch::{Kind, Tensor};
-use tch_moba::{MobaConfig, route};
+use tch_moba::{MobaConfig, moba_attention_with_lse, route};
 
 use crate::{contender::Contender, data::Inputs};
 
 /// Sampled positions, spread over the sequence.
 const SAMPLES: i64 = 8;
 
-/// Relative errors of the sampled rows, ||x - reference|| / ||reference||.
-pub struct Errors {
-    out: f64,
-    dq: f64,
-}
+/// Relative errors of the sampled rows, ||x - reference|| / ||reference||, and what they are errors of.
+pub struct Errors(Vec<(&'static str, f64)>);
 
 impl fmt::Display for Errors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "out {:.1e}, dq {:.1e}", self.out, self.dq)
+        let parts: Vec<String> = self.0.iter().map(|(what, error)| format!("{what} {error:.1e}")).collect();
+        f.write_str(&parts.join(", "))
     }
 }
 
@@ -45,43 +43,120 @@ fn tolerance(kind: Kind) -> f64 {
     }
 }
 
+/// Where a sample lies.
+#[derive(Clone, Copy)]
+struct Place {
+    batch: i64,
+    head: i64,
+    position: i64,
+}
+
+impl Place {
+    fn sample(number: i64, batch: i64, heads: i64, seqlen: i64) -> Self {
+        Self { batch: number % batch, head: (number * 3 + 1) % heads, position: (seqlen - 1) * number / (SAMPLES - 1) }
+    }
+
+    /// All rows of a head.
+    fn head(self, tensor: &Tensor) -> Tensor {
+        tensor.get(self.batch).get(self.head)
+    }
+
+    fn row(self, tensor: &Tensor) -> Tensor {
+        self.head(tensor).get(self.position)
+    }
+}
+
 pub fn check(contender: &Contender, inputs: &Inputs) -> Result<Errors> {
-    let (out, [dq, _, _]) = contender.forward_backward(inputs)?;
-    let chosen =
-        contender.config.map(|config| route(&inputs.q, &inputs.k, &config).map(|route| (config, route))).transpose()?;
+    let (out, [dq, dk, dv]) = contender.forward_backward(inputs)?;
+    let chosen = match contender.config {
+        Some(config) => Some((config, route(&inputs.q, &inputs.k, &config)?)),
+        None => None,
+    };
+    let mut errors = query_errors(inputs, chosen.as_ref(), &out, &dq)?;
+    if let Some((config, route)) = &chosen {
+        errors.extend(key_errors(inputs, config, route, &dk, &dv)?);
+    }
+    let (errors, bound) = (Errors(errors), tolerance(inputs.q.kind()));
+    // NaN is no agreement either.
+    if errors.0.iter().all(|&(_, error)| error <= bound) {
+        return Ok(errors);
+    }
+    Err(Disagreement(format!("{contender} disagrees with float64: {errors}, wanted at most {bound:.0e}")).into())
+}
+
+/// Of the output and dq of sampled queries.
+fn query_errors(
+    inputs: &Inputs,
+    chosen: Option<&(MobaConfig, Tensor)>,
+    out: &Tensor,
+    dq: &Tensor,
+) -> Result<Vec<(&'static str, f64)>> {
     let (batch, heads, seqlen, _) = inputs.q.size4()?;
     let group = heads / inputs.k.size()[1];
     let mut rows: [Vec<Tensor>; 4] = Default::default();
-    for sample in 0..SAMPLES {
-        let (b, h) = (sample % batch, (sample * 3 + 1) % heads);
-        let i = (seqlen - 1) * sample / (SAMPLES - 1);
-        let at = |tensor: &Tensor, head: i64| tensor.get(b).get(head).to_kind(Kind::Double);
-        let query = inputs.q.get(b).get(h).get(i);
-        let (keys, values) = (inputs.k.get(b).get(h / group), at(&inputs.v, h / group));
-        let tokens = match &chosen {
+    for number in 0..SAMPLES {
+        let place = Place::sample(number, batch, heads, seqlen);
+        let place_k = Place { head: place.head / group, ..place };
+        let (query, keys, i) = (place.row(&inputs.q), place_k.head(&inputs.k), place.position);
+        let tokens = match chosen {
             Some((config, route)) => {
-                let blocks = Vec::<i64>::try_from(route.get(b).get(h).get(i).to_kind(Kind::Int64))?;
+                let blocks = Vec::<i64>::try_from(place.row(route).to_kind(Kind::Int64))?;
                 check_route(&query, &keys, i, &blocks, config)?;
                 blocks.iter().filter(|&&block| block >= 0).flat_map(|&block| tokens_of(block, i, config)).collect()
             }
             None => (0..=i).collect::<Vec<_>>(),
         };
         let tokens = Tensor::from_slice(&tokens).to_device(query.device());
-        let [keys, values] = [keys.to_kind(Kind::Double), values].map(|tensor| tensor.index_select(0, &tokens));
+        let [keys, values] =
+            [keys, place_k.head(&inputs.v)].map(|all| all.index_select(0, &tokens).to_kind(Kind::Double));
         let (expected, expected_dq) = attend(&query.to_kind(Kind::Double), &keys, &values)?;
-        let row = [at(&out, h).get(i), expected, at(&dq, h).get(i), expected_dq];
-        rows.iter_mut().zip(row).for_each(|(rows, row)| rows.push(row));
+        let row = [place.row(out), expected, place.row(dq), expected_dq];
+        rows.iter_mut().zip(row).for_each(|(rows, row)| rows.push(row.to_kind(Kind::Double)));
     }
     let [out, expected, dq, expected_dq] = rows.map(|rows| Tensor::stack(&rows, 0));
-    let relative =
-        |x: &Tensor, reference: &Tensor| (x - reference).norm().double_value(&[]) / reference.norm().double_value(&[]);
-    let errors = Errors { out: relative(&out, &expected), dq: relative(&dq, &expected_dq) };
-    let bound = tolerance(inputs.q.kind());
-    // NaN is no agreement either.
-    if errors.out <= bound && errors.dq <= bound {
-        return Ok(errors);
+    Ok(vec![("out", relative(&out, &expected)), ("dq", relative(&dq, &expected_dq))])
+}
+
+/// Of dk and dv of sampled keys of MoBA: what every query that selected the key's block adds to them.
+fn key_errors(
+    inputs: &Inputs,
+    config: &MobaConfig,
+    route: &Tensor,
+    dk: &Tensor,
+    dv: &Tensor,
+) -> Result<Vec<(&'static str, f64)>> {
+    let (batch, heads, seqlen, head_dim) = inputs.q.size4()?;
+    let heads_k = inputs.k.size()[1];
+    let (out, lse) = tch::no_grad(|| moba_attention_with_lse(&inputs.q, &inputs.k, &inputs.v, config))?;
+    let scale = config.softmax_scale().unwrap_or((head_dim as f64).powf(-0.5));
+    let positions = Tensor::arange(seqlen, (Kind::Int64, inputs.q.device()));
+    let mut rows: [Vec<Tensor>; 4] = Default::default();
+    for number in 0..SAMPLES {
+        let place_k = Place::sample(number, batch, heads_k, seqlen);
+        let [key, value] = [&inputs.k, &inputs.v].map(|tensor| place_k.row(tensor).to_kind(Kind::Double));
+        let (mut expected_dk, mut expected_dv) = (key.zeros_like(), value.zeros_like());
+        let group = heads / heads_k;
+        for head in place_k.head * group..(place_k.head + 1) * group {
+            let place = Place { head, ..place_k };
+            let [q, out, lse] = [&inputs.q, &out, &lse].map(|tensor| place.head(tensor).to_kind(Kind::Double));
+            let selects = place.head(route).eq(place.position / config.block_size()).any_dim(-1, false);
+            let sees = selects.logical_and(&positions.ge(place.position)).to_kind(Kind::Double);
+            let weights = (q.matmul(&key) * scale - lse).exp() * sees;
+            // For an output gradient of ones: dP_ij is the sum of v_j, delta_i that of out_i.
+            let delta = out.sum_dim_intlist(-1, false, Kind::Double);
+            let ds = &weights * (value.sum(Kind::Double) - delta);
+            expected_dk += ds.matmul(&q) * scale;
+            expected_dv += weights.sum(Kind::Double);
+        }
+        let row = [place_k.row(dk), expected_dk, place_k.row(dv), expected_dv];
+        rows.iter_mut().zip(row).for_each(|(rows, row)| rows.push(row.to_kind(Kind::Double)));
     }
-    Err(Disagreement(format!("{contender} disagrees with float64: {errors}, wanted at most {bound:.0e}")).into())
+    let [dk, expected_dk, dv, expected_dv] = rows.map(|rows| Tensor::stack(&rows, 0));
+    Ok(vec![("dk", relative(&dk, &expected_dk)), ("dv", relative(&dv, &expected_dv))])
+}
+
+fn relative(x: &Tensor, reference: &Tensor) -> f64 {
+    (x - reference).norm().double_value(&[]) / reference.norm().double_value(&[])
 }
 
 fn tokens_of(block: i64, query: i64, config: &MobaConfig) -> impl Iterator<Item = i64> + use<> {

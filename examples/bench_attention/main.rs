@@ -16,7 +16,7 @@ mod memory;
 mod report;
 mod timer;
 
-use std::path::PathBuf;
+use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::{Result, ensure};
 use clap::{Parser, ValueEnum};
@@ -161,8 +161,17 @@ impl Arguments {
     }
 }
 
-fn main() -> Result<()> {
-    let arguments = Arguments::parse();
+fn main() -> ExitCode {
+    match run(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
     ensure!(
         arguments.heads % arguments.heads_k() == 0,
         "--heads must be a multiple of --heads-k, got {} and {}",
@@ -171,14 +180,14 @@ fn main() -> Result<()> {
     );
     let timer = Timer::new(arguments.device())?;
     if arguments.peak_only {
-        return memory::print_own_peak(&arguments);
+        return memory::print_own_peak(arguments);
     }
     for line in machine::describe(&timer) {
         println!("{line}");
     }
     let mut report = Report::new(arguments.csv.as_deref())?;
     for &seqlen in &arguments.seqlen {
-        measure(&arguments, seqlen, &timer, &mut report)?;
+        measure(arguments, seqlen, &timer, &mut report)?;
     }
     println!("clocks after the run: {}", machine::clocks(&timer));
     if arguments.summary {

@@ -104,7 +104,7 @@ impl Report {
             let (label, pass, ms) = (row.label(), name(&row.pass), row.times().0);
             match dense {
                 Some(dense) => println!(
-                    "{label}, {} tokens, {pass}: {ms:.1} ms, full attention ({}) {:.1} ms, ratio {:.2}",
+                    "{label}, {} tokens, {pass}: {ms:.1} ms, full attention ({}) {:.1} ms, ratio {:.2} (full / MoBA)",
                     row.seqlen,
                     dense.label(),
                     dense.times().0,

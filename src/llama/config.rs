@@ -145,7 +145,9 @@ impl LlamaConfig {
         }
         let (heads, heads_k) = (self.num_attention_heads, self.heads_k());
         if heads % heads_k != 0 {
-            return wrong(format!("num_attention_heads must be a multiple of num_key_value_heads, got {heads} and {heads_k}"));
+            return wrong(format!(
+                "num_attention_heads must be a multiple of num_key_value_heads, got {heads} and {heads_k}"
+            ));
         }
         if self.head_dim.is_none() && self.hidden_size % heads != 0 {
             let hidden = self.hidden_size;

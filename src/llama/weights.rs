@@ -14,11 +14,18 @@ use crate::{Error, Result};
 /// # Errors
 /// [`Error::File`] if the file is missing, truncated, not safetensors, or holds other names or shapes than `vs`.
 pub fn load_weights(vs: &nn::VarStore, path: impl AsRef<Path>) -> Result<()> {
+    load_tensors(vs.variables().into_iter().collect(), path)
+}
+
+/// [`load_weights`] for any named tensors, for example the state of an optimizer.
+///
+/// # Errors
+/// As [`load_weights`].
+pub fn load_tensors(variables: BTreeMap<String, Tensor>, path: impl AsRef<Path>) -> Result<()> {
     let path = path.as_ref();
     let mut tensors = read_tensors(path)?;
     tensors.retain(|name, _| !name.ends_with("rotary_emb.inv_freq"));
 
-    let variables: BTreeMap<_, _> = vs.variables().into_iter().collect();
     let missing: Vec<_> = variables.keys().filter(|name| !tensors.contains_key(*name)).collect();
     let extra: Vec<_> = tensors.keys().filter(|name| !variables.contains_key(*name)).collect();
     let shapes: Vec<_> = variables
@@ -27,14 +34,11 @@ pub fn load_weights(vs: &nn::VarStore, path: impl AsRef<Path>) -> Result<()> {
         .filter(|(_, wanted, given)| wanted != given)
         .map(|(name, wanted, given)| format!("{name} (wanted {wanted:?}, got {given:?})"))
         .collect();
-    let problems: Vec<_> = [
-        ("lacks", list(&missing)),
-        ("has the unknown", list(&extra)),
-        ("has another shape for", list(&shapes)),
-    ]
-    .into_iter()
-    .filter_map(|(verb, names)| Some(format!("{verb} {}", names?)))
-    .collect();
+    let problems: Vec<_> =
+        [("lacks", list(&missing)), ("has the unknown", list(&extra)), ("has another shape for", list(&shapes))]
+            .into_iter()
+            .filter_map(|(verb, names)| Some(format!("{verb} {}", names?)))
+            .collect();
     if !problems.is_empty() {
         let message = format!("does not belong to this model: it {}", problems.join("; it "));
         return Err(Error::file(path, message));
@@ -59,7 +63,10 @@ pub fn read_tensors(path: impl AsRef<Path>) -> Result<BTreeMap<String, Tensor>> 
             TchError::SafeTensorError { err, .. } => err.to_string(),
             other => other.to_string(),
         };
-        Error::file(path, format!("not a whole safetensors file ({reason}): it may be truncated, copy or save it again"))
+        Error::file(
+            path,
+            format!("not a whole safetensors file ({reason}): it may be truncated, copy or save it again"),
+        )
     })?;
     Ok(tensors.into_iter().collect())
 }

@@ -18,7 +18,7 @@ fn gradcheck_with_the_routing_fixed() {
         ("one query", Case::new(11, 4, 3, 2).queries(1).heads(2, 1)),
     ];
     for device in devices() {
-        for (n, (name, case)) in cases.iter().enumerate() {
+        for (n, (name, case)) in cases.iter().enumerate().skip(if small() { 4 } else { 0 }) {
             let inputs = case.inputs(n as u64, Kind::Double, device);
             let chosen = route(&inputs.q, &inputs.k, &case.config()).unwrap();
             for deterministic in [false, true] {

@@ -7,9 +7,9 @@ use tch_moba::{
 
 use crate::{
     kit::{
-        Case, Inputs, KINDS, Results, assert_accurate, assert_same_bits, devices, gradients, largest, leaf, max_error,
+        Case, Inputs, KINDS, Results, assert_rounding, assert_same_bits, devices, gradients, largest, leaf, max_error,
     },
-    naive, oracle,
+    naive::{self, assert_as_good},
 };
 
 /// `out` and gradients of full attention in the dtype of the inputs.
@@ -27,9 +27,9 @@ fn moba(inputs: &Inputs, case: &Case) -> [Tensor; 4] {
     [out, dq, dk, dv]
 }
 
-fn assert_like_full(what: &str, ours: &[Tensor; 4], full_here: &[Tensor; 4], full_double: &[Tensor; 4]) {
-    for (n, name) in ["out", "dq", "dk", "dv"].iter().enumerate() {
-        assert_accurate(&format!("{name}, {what}"), &ours[n], &full_here[n], &full_double[n]);
+fn assert_like_full(what: &str, ours: &[Tensor; 4], full: &[Tensor; 4]) {
+    for ((name, ours), full) in ["out", "dq", "dk", "dv"].iter().zip(ours).zip(full) {
+        assert_rounding(&format!("{name}, {what}"), ours, &full.to_kind(ours.kind()).to_device(ours.device()));
     }
 }
 
@@ -41,7 +41,6 @@ fn all_blocks_selected_is_full_attention() {
         ("block_size = seqlen", Case::new(64, 16, 64, 1)),
         ("block_size > seqlen", Case::new(63, 16, 512, 3)),
         ("fewer queries", Case::new(90, 16, 16, 6).queries(33).heads(4, 1)),
-        ("seqlen 1", Case::new(1, 16, 512, 3)),
     ];
     for device in devices() {
         for kind in KINDS {
@@ -49,14 +48,23 @@ fn all_blocks_selected_is_full_attention() {
                 let inputs = case.inputs(n as u64, kind, device);
                 let what = format!("{name} {kind:?} on {device:?}");
                 let double = full(&inputs.to(Kind::Double, Device::Cpu));
-                // libtorch's CPU kernel keeps 16-bit gradients in float32 all through, better than a plain
-                // implementation, which is the yardstick.
-                let all = route(&inputs.q, &inputs.k, &case.config()).unwrap();
-                let zero_lse = Inputs { dlse: inputs.dlse.zeros_like(), ..inputs.to(kind, device) };
-                let naive = naive::attend(case, &zero_lse, &all, (case.head_dim as f64).powf(-0.5));
-                let naive = [naive.out, naive.dq, naive.dk, naive.dv];
-                assert_like_full(&what, &moba(&inputs, case), &naive, &double);
+                assert_like_full(&what, &moba(&inputs, case), &double);
             }
+        }
+    }
+}
+
+#[test]
+fn one_token_attends_to_itself() {
+    for device in devices() {
+        for kind in KINDS {
+            let case = Case::new(1, 16, 512, 3).heads(4, 4);
+            let x = case.inputs(2, kind, device);
+            let [out, dq, dk, dv] = moba(&x, &case);
+            assert_same_bits(&"out", &out, &x.v);
+            assert_same_bits(&"dv", &dv, &x.dout);
+            // The probability is 1 whatever q and k are; what is left is the rounding of sums of 16 products.
+            assert!(largest(&dq).max(largest(&dk)) <= 1e-5, "{kind:?} on {device:?}");
         }
     }
 }
@@ -78,7 +86,7 @@ fn top_k_1_is_attention_inside_the_current_block() {
             std::array::from_fn(|n| Tensor::cat(&parts.iter().map(|p| &p[n]).collect::<Vec<_>>(), 2))
         };
         let double = by_block(&inputs.to(Kind::Double, Device::Cpu));
-        assert_like_full(&format!("{device:?}"), &moba(&inputs, &case), &by_block(&inputs), &double);
+        assert_like_full(&format!("{device:?}"), &moba(&inputs, &case), &double);
     }
 }
 
@@ -208,7 +216,7 @@ fn assert_rows(what: &dyn std::fmt::Display, reached: &Tensor, x: &Tensor, clean
     assert!(rows.logical_and(&reached.logical_not()).any().int64_value(&[]) == 0, "{what}: reached a row it must not");
     let unreached = reached.logical_not();
     let unreached = if x.dim() == 4 { unreached.unsqueeze(-1) } else { unreached };
-    assert_same_bits(what, &x.masked_select(&unreached), &clean.masked_select(&unreached));
+    assert_rounding(what, &x.masked_select(&unreached), &clean.masked_select(&unreached));
 }
 
 #[test]
@@ -229,17 +237,13 @@ fn a_non_finite_value_reaches_only_its_readers() {
                 let what = |name| format!("{name}: {value} in value {token}, {kind:?} on {device:?}");
                 assert_rows(&what("out"), &reached, &dirty.out, &clean.out);
                 assert_rows(&what("dq"), &reached, &dirty.dq, &clean.dq);
-                assert_same_bits(&what("lse"), &dirty.lse, &clean.lse);
-                assert_eq!(
-                    dirty.out.i((.., .., .., 1)).isfinite().equal(&reached.logical_not()),
-                    true,
-                    "{}",
-                    what("out")
-                );
+                assert_rounding(&what("lse"), &dirty.lse, &clean.lse);
+                let finite = dirty.out.i((.., .., .., 1)).isfinite();
+                assert!(finite.equal(&reached.logical_not()), "{}", what("out"));
                 // dv does not depend on v, and dk is spoiled only where a spoiled query looks.
                 let readers = naive::mask(&case, &chosen).logical_and(&reached.unsqueeze(-1)).any_dim(2, false);
                 assert_rows(&what("dk"), &readers, &dirty.dk, &clean.dk);
-                assert_eq!(max_error(&what("dv"), &dirty.dv, &clean.dv.to_kind(Kind::Double)), 0.0);
+                assert_rounding(&what("dv"), &dirty.dv, &clean.dv);
             }
         }
     }
@@ -300,11 +304,7 @@ fn huge_scores_do_not_overflow() {
             let config = case.config();
             let chosen = route(&inputs.q, &inputs.k, &config).unwrap();
             let ours = Results::of(&inputs, |q, k, v| moba_attention_with_lse(q, k, v, &config).unwrap());
-            let truth = oracle::attend(&case, &inputs, &chosen, 0.25);
-            let naive = naive::attend(&case, &inputs, &chosen, 0.25);
-            for ((ours, naive), truth) in ours.named().iter().zip(naive.named()).zip(truth.named()) {
-                assert_accurate(&format!("{} {kind:?} on {device:?}", ours.0), ours.1, naive.1, truth.1);
-            }
+            assert_as_good(&format!("{kind:?} on {device:?}"), &case, &inputs, &chosen, 0.25, &ours);
         }
     }
 }

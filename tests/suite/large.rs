@@ -44,7 +44,7 @@ fn spread(x: &Tensor, dim: usize, stride: i64) -> Tensor {
 #[test]
 fn strides_beyond_two_to_the_31() {
     for device in devices() {
-        if !enough("strides", device, 20 * GIB) {
+        if !enough("strides", device, 10 * GIB) {
             continue;
         }
         let case = Case::new(33, 16, 8, 2).heads(2, 2).batch(2);

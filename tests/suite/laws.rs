@@ -7,12 +7,9 @@ use tch_moba::{
     MobaConfig, Packed, full_attention, moba_attention_varlen, moba_attention_with_lse, route, routed_attention,
 };
 
-use crate::{
-    kit::{
-        Case, Inputs, KINDS, Results, assert_accurate, assert_rounding, assert_same_bits, devices, gradients, leaf,
-        max_error, normal, small, ulp,
-    },
-    naive, oracle,
+use crate::kit::{
+    Case, Inputs, KINDS, Results, assert_rounding, assert_same_bits, devices, gradients, leaf, max_error, normal,
+    small, ulp,
 };
 
 prop_compose! {
@@ -46,7 +43,7 @@ fn moba(case: &Case, inputs: &Inputs) -> Results {
 /// For laws that hold up to the order of summation: float64, where no wrong term is as small as rounding.
 fn assert_equal(what: &str, a: &Results, b: &Results) {
     for ((name, a), (_, b)) in a.named().iter().zip(b.named()) {
-        assert_rounding(&format!("{name}: {what}"), a, b, 256.0);
+        assert_rounding(&format!("{name}: {what}"), a, b);
     }
 }
 
@@ -77,7 +74,7 @@ proptest! {
                 let spoilt = moba(&case, &spoilt);
                 for (name, a, b) in [("out", &clean.out, &spoilt.out), ("lse", &clean.lse, &spoilt.lse), ("dq", &clean.dq, &spoilt.dq)] {
                     let what = format!("{name} before token {from} after {poison} from there on, {kind:?} on {device:?}");
-                    assert_same_bits(&what, &a.narrow(2, 0, past), &b.narrow(2, 0, past));
+                    assert_rounding(&what, &a.narrow(2, 0, past), &b.narrow(2, 0, past));
                 }
             }
         }
@@ -90,7 +87,7 @@ proptest! {
             let inputs = case.inputs(seed, Kind::Double, device);
             let ours = moba(&case, &inputs);
             let full = full_attention(&inputs.q, &inputs.k, &inputs.v, None).unwrap();
-            assert_rounding(&"out", &ours.out, &full, 64.0);
+            assert_rounding(&"out", &ours.out, &full);
         }
     }
 
@@ -177,7 +174,7 @@ proptest! {
             let [q, k, v, dout, dlse] = [&inputs.q, &inputs.k, &inputs.v, &inputs.dout, &inputs.dlse].map(swap);
             let swapped = moba(&case, &Inputs { q, k, v, dout, dlse });
             for ((name, a), (_, b)) in moba(&case, &inputs).named().iter().zip(swapped.named()) {
-                assert_same_bits(&format!("{name} on {device:?}"), &swap(a), b);
+                assert_rounding(&format!("{name} on {device:?}"), &swap(a), b);
             }
         }
     }
@@ -247,20 +244,9 @@ fn packed_is_a_loop(lengths: &[(i64, i64)], shape: &Case, seed: u64, kind: Kind,
         let case = Case { batch: 1, seqlen_q: q.size()[2], seqlen_k: k.size()[2], ..*shape };
         let inputs = Inputs { dlse: lse.zeros_like(), q, k, v, dout };
         let single = moba(&case, &inputs);
-        assert_same_bits(&"out", &out, &single.out);
-        assert_same_bits(&"lse", &lse, &single.lse);
-        if case.seqlen_k == 0 {
-            continue;
-        }
-        // Gradients may be summed in another order.
-        let chosen = route(&inputs.q, &inputs.k, &config).unwrap();
-        let scale = (d as f64).powf(-0.5);
-        let (truth, naive) =
-            (oracle::attend(&case, &inputs, &chosen, scale), naive::attend(&case, &inputs, &chosen, scale));
-        for (name, ours, naive, truth) in
-            [("dq", dq, naive.dq, truth.dq), ("dk", dk, naive.dk, truth.dk), ("dv", dv, naive.dv, truth.dv)]
-        {
-            assert_accurate(&format!("{name} of sequence {n}, {kind:?} on {device:?}"), &ours, &naive, &truth);
+        let ours = [("out", out), ("lse", lse), ("dq", dq), ("dk", dk), ("dv", dv)];
+        for ((name, ours), (_, single)) in ours.iter().zip(single.named()) {
+            assert_rounding(&format!("{name} of sequence {n}, {kind:?} on {device:?}"), ours, single);
         }
     }
 }

@@ -51,8 +51,18 @@ pub fn attend(case: &Case, inputs: &Inputs, route: &Tensor, softmax_scale: f64) 
     }
 }
 
+/// A sum of products with the rounding errors added back, so that the truth for float64 is better than float64.
 pub fn dot(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
+    let (mut sum, mut lost) = (0.0f64, 0.0f64);
+    for (a, b) in a.iter().zip(b) {
+        let product = a * b;
+        let next = sum + product;
+        let kept = next - sum;
+        lost += a.mul_add(*b, -product) + (sum - (next - kept)) + (product - kept);
+        sum = next;
+    }
+    // Infinities make the correction NaN.
+    if lost.is_finite() { sum + lost } else { sum }
 }
 
 pub fn numbers(x: &Tensor) -> Vec<f64> {

@@ -5,8 +5,8 @@ use tch::{Device, Kind};
 use tch_moba::{moba_attention_with_lse, route, routed_attention};
 
 use crate::{
-    kit::{Case, Inputs, KINDS, LAYOUTS, Results, assert_accurate, assert_same_bits, devices, lay_out, small},
-    naive, oracle,
+    kit::{Case, KINDS, LAYOUTS, Results, assert_same_bits, devices, lay_out, small},
+    naive::assert_as_good,
     routing::assert_route,
 };
 
@@ -14,18 +14,13 @@ fn check(case: &Case, seed: u64, kind: Kind, device: Device) {
     let layout = LAYOUTS[seed as usize % LAYOUTS.len()];
     let what = format!("{case:?} {kind:?} {layout:?} on {device:?}");
     let plain = case.inputs(seed, kind, device);
-    let [q, k, v, dout] = [&plain.q, &plain.k, &plain.v, &plain.dout].map(|x| lay_out(x, layout));
-    let inputs = Inputs { q, k, v, dout, dlse: plain.dlse };
+    let inputs = plain.map(|x| if x.dim() == 4 { lay_out(x, layout) } else { x.shallow_clone() });
     let config = case.config();
     let ours = Results::of(&inputs, |q, k, v| moba_attention_with_lse(q, k, v, &config).unwrap());
     let chosen = route(&inputs.q, &inputs.k, &config).unwrap();
     assert_route(&what, case, &inputs.q, &inputs.k, &chosen);
     let scale = (case.head_dim as f64).powf(-0.5);
-    let truth = oracle::attend(case, &inputs, &chosen, scale);
-    let naive = naive::attend(case, &inputs, &chosen, scale);
-    for (((name, ours), (_, naive)), (_, truth)) in ours.named().iter().zip(naive.named()).zip(truth.named()) {
-        assert_accurate(&format!("{name} of {what}"), ours, naive, truth);
-    }
+    assert_as_good(&what, case, &inputs, &chosen, scale, &ours);
     // Two doors to the same kernels.
     let (out, lse) = routed_attention(&inputs.q, &inputs.k, &inputs.v, &chosen, &config).unwrap();
     assert_same_bits(&format!("out of {what}, route given"), &out, &ours.out);

@@ -1,12 +1,13 @@
 //! Attention over a routing that the caller gives, also one that `route` would never return.
 
 use rand::{Rng, SeedableRng, rngs::StdRng};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 use tch_moba::{MobaConfig, routed_attention};
 
 use crate::{
-    kit::{Case, KINDS, Results, assert_accurate, assert_same_bits, assert_within, devices, largest, max_error, ulp},
-    naive, oracle,
+    kit::{Case, KINDS, Results, assert_rounding, assert_same_bits, devices, largest},
+    naive::assert_as_good,
+    oracle,
 };
 
 fn scale(case: &Case) -> f64 {
@@ -48,12 +49,8 @@ fn any_entries_against_the_oracle() {
                 let current: Vec<i32> = (0..case.seqlen_q).map(|i| ((first + i) / case.block_size) as i32).collect();
                 let chosen = wild_route(case, *slots, n as u64, Some(&current)).to_device(device);
                 let ours = Results::of(&inputs, |q, k, v| routed_attention(q, k, v, &chosen, &case.config()).unwrap());
-                let naive = naive::attend(case, &inputs, &chosen, scale(case));
-                let truth = oracle::attend(case, &inputs, &chosen, scale(case));
-                for ((ours, naive), truth) in ours.named().iter().zip(naive.named()).zip(truth.named()) {
-                    let what = format!("{} of {case:?} {kind:?} on {device:?}", ours.0);
-                    assert_accurate(&what, ours.1, naive.1, truth.1);
-                }
+                let what = format!("{case:?} {kind:?} on {device:?}");
+                assert_as_good(&what, case, &inputs, &chosen, scale(case), &ours);
             }
         }
     }
@@ -77,11 +74,7 @@ fn rows_without_keys() {
             for x in [&ours.out, &ours.dq] {
                 assert_eq!(largest(&x.masked_select(&empty.unsqueeze(-1))), 0.0);
             }
-            // A plain implementation has NaN in such rows, so the yardstick is a fixed number of roundings.
-            for ((name, ours), (_, truth)) in ours.named().iter().zip(truth.named()) {
-                let allowed = 16.0 * ulp(kind, largest(truth));
-                assert_within(&format!("{name} {kind:?} on {device:?}"), ours, truth, allowed);
-            }
+            assert_as_good(&format!("{kind:?} on {device:?}"), &case, &inputs, &chosen, scale(&case), &ours);
         }
     }
 }
@@ -99,10 +92,7 @@ fn a_block_named_twice_counts_once() {
         let once = run(&Tensor::cat(&[&current, &previous], 3));
         let often = run(&Tensor::cat(&[&current, &previous, &current, &previous, &previous], 3));
         for ((name, once), (_, often)) in once.named().iter().zip(often.named()) {
-            assert!(
-                max_error(name, often, &once.to_kind(Kind::Double)) <= 4.0 * ulp(Kind::Float, largest(once)),
-                "{name}"
-            );
+            assert_rounding(name, often, once);
         }
         assert_same_bits(&"out", &once.out, &often.out);
     }
@@ -118,8 +108,7 @@ fn the_order_of_the_slots_does_not_matter() {
         let run = |chosen: &Tensor| Results::of(&inputs, |q, k, v| routed_attention(q, k, v, chosen, &config).unwrap());
         let (forward, backward) = (run(&chosen), run(&chosen.flip([3])));
         for ((name, a), (_, b)) in forward.named().iter().zip(backward.named()) {
-            let b = b.to_device(Device::Cpu);
-            assert_within(&format!("{name} on {device:?}"), a, &b, 64.0 * ulp(Kind::Double, largest(&b)));
+            assert_rounding(&format!("{name} on {device:?}"), a, b);
         }
     }
 }

@@ -1,5 +1,10 @@
 //! `select` says the same as the operators do.
 
+use std::{
+    io,
+    sync::{Arc, Mutex},
+};
+
 use tch::{Device, Kind, Tensor};
 use tch_moba::{Backend, MobaConfig, moba_attention, select};
 
@@ -69,4 +74,35 @@ fn head_dims_beyond_256_run_on_the_cpu_only() {
         let runs = moba_attention(&x, &x, &x, &config).is_ok();
         assert_eq!((selection.backend.is_some(), runs), (device == Device::Cpu, device == Device::Cpu), "{selection}");
     }
+}
+
+/// What a program with `RUST_LOG=debug` reads about each attention call.
+#[test]
+fn every_call_logs_its_backend_at_debug_level() {
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+    impl io::Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let x = Case::new(4, 8, 4, 2).inputs(1, Kind::Float, Device::Cpu);
+    let logged = |level| {
+        let log = Log::default();
+        let writer = log.clone();
+        let subscriber = tracing_subscriber::fmt().with_max_level(level).with_writer(move || writer.clone()).finish();
+        tracing::subscriber::with_default(subscriber, || {
+            drop(moba_attention(&x.q, &x.k, &x.v, &MobaConfig::new(4, 2).unwrap()).unwrap());
+        });
+        String::from_utf8(log.0.lock().unwrap().clone()).unwrap()
+    };
+    let text = logged(tracing::Level::DEBUG);
+    assert!(
+        text.contains("moba attention") && text.contains("cpu; not cuda_portable") && text.contains("4x2"),
+        "{text}"
+    );
+    assert_eq!(logged(tracing::Level::INFO), "");
 }

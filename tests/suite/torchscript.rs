@@ -2,10 +2,14 @@
 
 use std::path::PathBuf;
 
-use tch::{CModule, Kind, Tensor};
-use tch_moba::{moba_attention_with_lse, route, routed_attention};
+use tch::{CModule, Kind, Tensor, nn};
+use tch_moba::{
+    Step,
+    llama::{Llama, LlamaConfig},
+    moba_attention_with_lse, route, routed_attention,
+};
 
-use crate::kit::{Case, Inputs, assert_same_bits, devices, gradients};
+use crate::kit::{Case, Inputs, assert_rounding, assert_same_bits, devices, gradients};
 
 /// A file in the system's temporary directory, removed at the end.
 pub struct TemporaryFile(pub PathBuf);
@@ -37,7 +41,7 @@ fn a_saved_trace_gives_the_same_numbers_and_gradients() {
             let config = case.config().with_softmax_scale(0.3).unwrap().with_deterministic(true);
             let ours = |q: &Tensor, k: &Tensor, v: &Tensor| {
                 let (out, lse) = moba_attention_with_lse(q, k, v, &config).unwrap();
-                out * lse.unsqueeze(-1).tanh().to_kind(kind)
+                out + lse.unsqueeze(-1).to_kind(kind)
             };
             let traced_with = Case::new(24, 16, 8, 3).heads(4, 2).inputs(1, kind, device);
             let traced_with = [traced_with.q, traced_with.k, traced_with.v];
@@ -75,6 +79,29 @@ fn route_and_routed_attention() {
         let inputs = [q, k, v];
         let loaded = save_and_load(&format!("routed_{}", device.is_cuda()), &inputs, |x| vec![ours(x)]);
         assert_same_bits(&"out", &ours(&inputs), &loaded.forward_ts(&inputs).unwrap());
+    }
+}
+
+/// A whole model: parameters become constants of the file, the policy is the one at the time of tracing.
+#[test]
+fn a_language_model() {
+    for device in devices() {
+        let config: LlamaConfig = serde_json::from_str(
+            r#"{"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "moba": {"block_size": 8, "top_k": 2},
+                "policy": "two-stage:0.5"}"#,
+        )
+        .unwrap();
+        let mut vs = nn::VarStore::new(device);
+        let model = Llama::new(vs.root(), &config).unwrap();
+        vs.freeze(); // libtorch makes no constant of a tensor that requires a gradient
+        let tokens = |seed: i64| (Tensor::arange(60, (Kind::Int64, device)) * seed).remainder(40).view([2, 30]);
+        let name = format!("llama_{}", device.is_cuda());
+        for step in [Step::prefill(0.4), Step::prefill(1.0)] {
+            let loaded = save_and_load(&name, &[tokens(7)], |x| vec![model.forward(&x[0], step).unwrap()]);
+            let logits = model.forward(&tokens(11), step).unwrap();
+            assert_rounding(&"logits", &loaded.forward_ts(&[tokens(11)]).unwrap(), &logits);
+        }
     }
 }
 

@@ -8,7 +8,7 @@ namespace {
 
 // Computes 64 * kGroups columns of dk and dv; wider heads take several thread blocks, which all compute the scores.
 template <class T, int kGroups>
-__global__ void __launch_bounds__(kThreads) backward_keys_kernel(BackwardKeysParams p, int parts, bool aligned) {
+__global__ void __launch_bounds__(kThreads, 1) backward_keys_kernel(BackwardKeysParams p, int parts, bool aligned) {
   using A = acc_t<T>;
   const Shape& shape = p.shape;
   const int64_t blocks = shape.blocks();

@@ -130,11 +130,14 @@ __device__ __forceinline__ void product(acc_t<T> (&sums)[4][4], acc_t<T>* slice_
 }
 
 // sums[g] += weights, transposed, times the columns column + 64 g of 64 rows, of which `rows` exist. Weights are
-// [64][kPitch], as store_transposed writes them; counts is as in multiply, over all 64 rows.
+// [64][kPitch], as store_transposed writes them; counts is as in multiply, over all 64 rows. The 64 rows are summed on
+// their own first: over a long list the rounding errors of one running sum would grow with its length.
 template <class T, int kGroups, class Row, class Counts>
 __device__ __forceinline__ void weighted_sum(acc_t<T> (&sums)[kGroups][4][4], const acc_t<T>* weights,
                                              acc_t<T>* slice_a, acc_t<T>* slice_b, Row row, int rows, int column,
                                              int columns, bool aligned, bool masked, Counts counts) {
+  // Sixteen more float64 sums beside those of four groups would not fit the registers.
+  constexpr bool kOnTheirOwn = sizeof(acc_t<T>) * kGroups < 32;
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
     const int c0 = column + g * kTile;
@@ -142,13 +145,22 @@ __device__ __forceinline__ void weighted_sum(acc_t<T> (&sums)[kGroups][4][4], co
       load_along<T>(slice_a, [&](int i) { return row(i); }, c0, columns, aligned);
       load_along<T>(slice_b, [&](int i) { return row(i + kSlice); }, c0, columns, aligned);
       __syncthreads();
+      acc_t<T> fresh[4][4] = {};
+      acc_t<T>(&part)[4][4] = kOnTheirOwn ? fresh : sums[g];
       for (int half = 0; half * kSlice < rows; ++half) {
         const acc_t<T>* a = weights + half * kSlice * kPitch;
         const acc_t<T>* b = half == 0 ? slice_a : slice_b;
         if (masked) {
-          multiply(sums[g], a, b, [&](int s, int i) { return counts(half * kSlice + s, i); });
+          multiply(part, a, b, [&](int s, int i) { return counts(half * kSlice + s, i); });
         } else {
-          multiply(sums[g], a, b, Always{});
+          multiply(part, a, b, Always{});
+        }
+      }
+      if constexpr (kOnTheirOwn) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) sums[g][i][j] += fresh[i][j];
         }
       }
       __syncthreads();
@@ -172,11 +184,19 @@ constexpr int tile_memory() {
   return (2 * kSlice + kTile) * kPitch * static_cast<int>(sizeof(A));
 }
 
-// More than 48 KiB of shared memory have to be asked for, on every device that is used.
+// More than 48 KiB of shared memory have to be asked for, on every device that is used. Always for all that the device
+// has: threads that launch one kernel with different sizes would otherwise take back what another was just given.
 template <class Kernel>
 cudaError_t allow_memory(Kernel* kernel, int bytes) {
   if (bytes <= 48 * 1024) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  int device = 0, limit = 0;
+  cudaFuncAttributes attributes;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, kernel);
+  if (status != cudaSuccess) return status;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              limit - static_cast<int>(attributes.sharedSizeBytes));
 }
 
 // Whether load8 may read 16 bytes at once.

@@ -10,7 +10,8 @@ namespace moba::cuda::sm90 {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kColumns = 8;
+constexpr int kColumns = 8;      // of a lane
+constexpr int kSlotsAtOnce = 4;  // loads under way
 
 template <class T>
 struct alignas(16) Part {
@@ -18,8 +19,13 @@ struct alignas(16) Part {
 };
 
 template <class T>
+__device__ __forceinline__ Part<T> load_part(const T* from) {
+  return *reinterpret_cast<const Part<T>*>(from);
+}
+
+template <class T>
 __device__ __forceinline__ void load(float (&to)[kColumns], const T* from) {
-  const Part<T> part = *reinterpret_cast<const Part<T>*>(from);
+  const Part<T> part = load_part(from);
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) to[i] = to_acc(part.data[i]);
 }
@@ -45,6 +51,7 @@ __device__ void recompute(float (&out)[kColumns], const AttendParams& p, int64_t
   const T* v = unit_base<T>(p.v, unit_k, p.shape.heads_k) + block.key_begin * p.v.row + column;
   float query[kColumns], other[kColumns];
   load(query, unit_base<T>(p.q, unit, p.shape.heads) + row * p.q.row + column);
+#pragma unroll 1
   for (int64_t key = 0; key < keys; ++key) {
     load(other, k + key * p.k.row);
     float score = 0;
@@ -59,70 +66,107 @@ __device__ void recompute(float (&out)[kColumns], const AttendParams& p, int64_t
   }
 }
 
-template <class T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads) merge_kernel(AttendParams p, Target out, Target lse) {
-  constexpr int kLanes = kHeadDim / kColumns;
-  const Shape& shape = p.shape;
-  const int64_t index = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kLanes;
-  const int64_t local = index / shape.rows, row = index % shape.rows;
-  if (local >= p.units.count) return;
-  const int lane = threadIdx.x % kLanes, column = lane * kColumns;
-  const unsigned lanes = ((1u << kLanes) - 1) << (threadIdx.x % 32 / kLanes * kLanes);
-  const int64_t unit = p.units.begin + local;
-  const int slots = static_cast<int>(shape.slots);
-  const int32_t* choices = p.lists.choices + ((unit - p.lists.units.begin) * shape.rows + row) * slots;
-  const T* partial_out = static_cast<const T*>(p.partial_out) + index * slots * kHeadDim + column;
-  const float* partial_lse = static_cast<const float*>(p.partial_lse) + index * slots;
-
-  // Where nothing was written, or no key counts, lse is minus infinity.
-  const auto lse_of = [&](int slot) { return choices[slot] >= 0 ? partial_lse[slot] : minus_infinity<float>(); };
-  float largest = minus_infinity<float>();
-#pragma unroll 4
-  for (int slot = 0; slot < slots; ++slot) largest = maximum(largest, lse_of(slot));
-  const float base = finite_base(largest);
-  float sum = 0, total[kColumns] = {}, part[kColumns];
-#pragma unroll 4
-  for (int slot = 0; slot < slots; ++slot) {
-    const float own = lse_of(slot);
-    if (own == minus_infinity<float>()) continue;
-    const float weight = exponential(own - base);
-    load(part, partial_out + slot * kHeadDim);
-    sum += weight;
+// The weighted sum of the partials of a row, those that are not finite computed again.
+template <class T, int kLanes>
+__device__ __forceinline__ void recompute_row(float (&total)[kColumns], const AttendParams& p, int64_t unit, int64_t row,
+                                           const int32_t* choices, const T* partial_out, const float* partial_lse,
+                                           float base, int column, unsigned lanes) {
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) total[i] = 0;
+#pragma unroll 1
+  for (int64_t slot = 0; slot < p.shape.slots; ++slot) {
+    if (choices[slot] < 0) continue;
+    const float lse = partial_lse[slot];
+    if (lse == minus_infinity<float>()) continue;
+    float part[kColumns];
+    load(part, partial_out + slot * kLanes * kColumns);
+    if (__any_sync(lanes, !finite(part))) {
+      recompute<T, kLanes>(part, p, unit, row, choices[slot], lse, column, lanes);
+    }
+    const float weight = exponential(lse - base);
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) total[i] += weight * part[i];
   }
-  if (__any_sync(lanes, !finite(total))) {
+}
+
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(kThreads, 3) merge_kernel(const __grid_constant__ AttendParams p, Target out, Target lse,
+                                                         int unit_blocks) {
+  constexpr int kLanes = kHeadDim / kColumns;
+  const int local = static_cast<int>(blockIdx.x) / unit_blocks, block = static_cast<int>(blockIdx.x) % unit_blocks;
+  const int64_t row = static_cast<int64_t>(block) * (kThreads / kLanes) + threadIdx.x / kLanes;
+  if (row >= p.shape.rows) return;
+  const int lane = threadIdx.x % kLanes, column = lane * kColumns;
+  const unsigned lanes = ((1u << kLanes) - 1) << (threadIdx.x % 32 / kLanes * kLanes);
+  const int64_t unit = p.units.begin + local;
+  const int slots = static_cast<int>(p.shape.slots);
+  const int32_t* choices = p.lists.choices + ((unit - p.lists.units.begin) * p.shape.rows + row) * slots;
+  const int64_t index = (local * p.shape.rows + row) * slots;
+  const T* partial_out = static_cast<const T*>(p.partial_out) + index * kHeadDim + column;
+  const float* partial_lse = static_cast<const float*>(p.partial_lse) + index;
+
+  // Each lane looks up one slot of kLanes. Where nothing was written, or no key counts, lse is minus infinity.
+  const auto lse_of = [&](int slot) {
+    if (slot >= slots) return minus_infinity<float>();
+    const int32_t choice = choices[slot];
+    const float value = partial_lse[slot];
+    return choice >= 0 ? value : minus_infinity<float>();
+  };
+  float base = minus_infinity<float>(), sum = 0, total[kColumns] = {};
+  for (int slot0 = 0; slot0 < slots; slot0 += kLanes) {
+    const float own = lse_of(slot0 + lane);
+    float largest = own;
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) total[i] = 0;
-    for (int slot = 0; slot < slots; ++slot) {
-      const float own = lse_of(slot);
-      if (own == minus_infinity<float>()) continue;
-      load(part, partial_out + slot * kHeadDim);
-      if (__any_sync(lanes, !finite(part))) {
-        recompute<T, kLanes>(part, p, unit, row, choices[slot], own, column, lanes);
-      }
-      const float weight = exponential(own - base);
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) total[i] += weight * part[i];
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+      largest = maximum(largest, __shfl_xor_sync(lanes, largest, offset));
     }
+    largest = maximum(largest, base);
+    const float shrink = exponential(base - finite_base(largest));
+    base = largest;
+    const float own_weight = exponential(own - finite_base(base));
+    sum *= shrink;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) total[i] *= shrink;
+    for (int slot = slot0; slot < min(slots, slot0 + kLanes); slot += kSlotsAtOnce) {
+      float weight[kSlotsAtOnce];
+      Part<T> part[kSlotsAtOnce] = {};
+#pragma unroll
+      for (int i = 0; i < kSlotsAtOnce; ++i) {
+        const int from = slot - slot0 + i;
+        weight[i] = __shfl_sync(lanes, own_weight, from, kLanes);
+        const bool written = __shfl_sync(lanes, own, from, kLanes) != minus_infinity<float>();
+        if (written) part[i] = load_part(partial_out + (slot + i) * kHeadDim);
+      }
+#pragma unroll
+      for (int i = 0; i < kSlotsAtOnce; ++i) {
+        sum += weight[i];
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) total[c] += weight[i] * to_acc(part[i].data[c]);
+      }
+    }
+  }
+  if (__any_sync(lanes, !finite(total))) {
+    recompute_row<T, kLanes>(total, p, unit, row, choices, partial_out, partial_lse, finite_base(base), column, lanes);
   }
 
   const bool empty = sum == 0.f;
   Part<T> result;
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) result.data[i] = from_acc<T>(empty ? 0.f : total[i] / sum);
-  *reinterpret_cast<Part<T>*>(unit_base<T>(out, unit, shape.heads) + row * out.row + column) = result;
+  *reinterpret_cast<Part<T>*>(unit_base<T>(out, unit, p.shape.heads) + row * out.row + column) = result;
   if (lane == 0) {
-    unit_base<float>(lse, unit, shape.heads)[row * lse.row] = empty ? minus_infinity<float>() : base + logarithm(sum);
+    unit_base<float>(lse, unit, p.shape.heads)[row * lse.row] =
+        empty ? minus_infinity<float>() : finite_base(base) + logarithm(sum);
   }
 }
 
 template <class T, int kHeadDim>
 cudaError_t launch(const AttendParams& p, const Target& out, const Target& lse, cudaStream_t stream) {
   constexpr int kRowsPerBlock = kThreads * kColumns / kHeadDim;
-  const int64_t grid = (p.units.count * p.shape.rows + kRowsPerBlock - 1) / kRowsPerBlock;
+  const int64_t unit_blocks = (p.shape.rows + kRowsPerBlock - 1) / kRowsPerBlock, grid = p.units.count * unit_blocks;
   if (!fits_grid(grid)) return cudaErrorInvalidValue;
-  merge_kernel<T, kHeadDim><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(p, out, lse);
+  merge_kernel<T, kHeadDim>
+      <<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(p, out, lse, static_cast<int>(unit_blocks));
   return cudaGetLastError();
 }
 

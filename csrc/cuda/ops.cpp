@@ -247,8 +247,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q_any, const Tensor& k_any, cons
 
   ListMemory memory(shape);
   Tensor partial_out, partial_lse;
-  const int64_t partial_bytes =
-      shape.entries() * (shape.head_dim * partial.dtype().itemsize() + lse.element_size());
+  const int64_t partial_bytes = shape.entries() * (shape.head_dim * partial.dtype().itemsize() + lse.element_size());
   for_each_chunk({0, shape.units()}, memory.unit_bytes(), kListBytes, 1, [&](const Range& listed) {
     const Lists lists = memory.over(listed, q.options());
     C10_CUDA_CHECK(launch_lists({.shape = shape, .route = problem.per_query(route), .lists = lists}, problem.stream()));

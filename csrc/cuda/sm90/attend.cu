@@ -20,8 +20,8 @@ constexpr int64_t kMaxPassUnits = 64;
 PFN_cuTensorMapEncodeTiled_v12000 encode_function() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult result;
-  const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                              cudaEnableDefault, &result);
+  const cudaError_t status =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
   if (status != cudaSuccess || result != cudaDriverEntryPointSuccess) {
     cudaGetLastError();
     return nullptr;

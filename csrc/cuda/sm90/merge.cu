@@ -68,9 +68,9 @@ __device__ void recompute(float (&out)[kColumns], const AttendParams& p, int64_t
 
 // The weighted sum of the partials of a row, those that are not finite computed again.
 template <class T, int kLanes>
-__device__ __forceinline__ void recompute_row(float (&total)[kColumns], const AttendParams& p, int64_t unit, int64_t row,
-                                           const int32_t* choices, const T* partial_out, const float* partial_lse,
-                                           float base, int column, unsigned lanes) {
+__device__ __forceinline__ void recompute_row(float (&total)[kColumns], const AttendParams& p, int64_t unit,
+                                              int64_t row, const int32_t* choices, const T* partial_out,
+                                              const float* partial_lse, float base, int column, unsigned lanes) {
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) total[i] = 0;
 #pragma unroll 1
@@ -90,8 +90,8 @@ __device__ __forceinline__ void recompute_row(float (&total)[kColumns], const At
 }
 
 template <class T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, 3) merge_kernel(const __grid_constant__ AttendParams p, Target out, Target lse,
-                                                         int unit_blocks) {
+__global__ void __launch_bounds__(kThreads, 3)
+    merge_kernel(const __grid_constant__ AttendParams p, Target out, Target lse, int unit_blocks) {
   constexpr int kLanes = kHeadDim / kColumns;
   const int local = static_cast<int>(blockIdx.x) / unit_blocks, block = static_cast<int>(blockIdx.x) % unit_blocks;
   const int64_t row = static_cast<int64_t>(block) * (kThreads / kLanes) + threadIdx.x / kLanes;

@@ -7,12 +7,14 @@
 
 namespace moba::cuda::sm90 {
 
-// One producer warpgroup, then two consumer warpgroups. 88 * 128 + 208 * 256 registers <= 64 Ki.
+// One producer warpgroup, then two consumer warpgroups. A kernel of 384 threads starts with 168 registers each; what
+// the producer gives up is all that the consumers can get, and asking for more would wait forever.
 constexpr int kWarpgroup = 128;
 constexpr int kConsumers = 2;
 constexpr int kThreads = kWarpgroup * (1 + kConsumers);
 constexpr int kProducerRegisters = 88;
 constexpr int kConsumerRegisters = 208;
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 168 * (1 + kConsumers));
 
 // A consumer multiplies tiles of 64 gathered queries: one tile of a routing list.
 constexpr int kRows = 64;
@@ -25,10 +27,10 @@ struct Tile {
   int32_t count;         // queries
   int32_t local;         // unit
   int32_t keys;          // of the block
-  int32_t shift;         // entry / slots + shift keys of the block are not after the query; at least `keys`: all of them
-  int32_t masked;        // whether that can be fewer than `keys`
-  int32_t item;          // resident blocks: counts the blocks that this CTA went through
-  int32_t releases;      // resident blocks: of 2, how many to give back after this tile
+  int32_t shift;     // entry / slots + shift keys of the block are not after the query; at least `keys`: all of them
+  int32_t masked;    // whether that can be fewer than `keys`
+  int32_t item;      // resident blocks: counts the blocks that this CTA went through
+  int32_t releases;  // resident blocks: of 2, how many to give back after this tile
 };
 
 // kKeys: keys of one product. Blocks of up to kKeys are resident: loaded once and used for many tiles of queries.

@@ -49,27 +49,27 @@ __device__ __forceinline__ void settle(uint32_t (&registers)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
-#define MOBA_REGISTERS_32 \
+#define MOBA_REGISTERS_32                                                  \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define MOBA_REGISTERS_64 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+#define MOBA_REGISTERS_64                                                            \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define MOBA_INOUT_8(d, i)                                                                         \
+#define MOBA_INOUT_8(d, i)                                                                                    \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
 #define MOBA_INOUT_32(d, i) MOBA_INOUT_8(d, i), MOBA_INOUT_8(d, i + 8), MOBA_INOUT_8(d, i + 16), MOBA_INOUT_8(d, i + 24)
 #define MOBA_INOUT_64(d, i) MOBA_INOUT_32(d, i), MOBA_INOUT_32(d, i + 32)
 
 // COUNT registers hold N = 2 COUNT columns; the operands after them are numbered from COUNT on.
-#define MOBA_WGMMA_SHARED(N, COUNT, TYPE, A, B, P)                                                              \
+#define MOBA_WGMMA_SHARED(N, COUNT, TYPE, A, B, P)                                                               \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\nwgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE \
                "." TYPE " {" MOBA_REGISTERS_##COUNT "}, " A ", " B ", p, 1, 1, 0, 0;\n}"                         \
                : MOBA_INOUT_##COUNT(d, 0)                                                                        \
                : "l"(a), "l"(b), "r"(accumulate))
-#define MOBA_WGMMA_REGISTERS(N, COUNT, TYPE, A0, A1, A2, A3, B, P)                                              \
+#define MOBA_WGMMA_REGISTERS(N, COUNT, TYPE, A0, A1, A2, A3, B, P)                                               \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\nwgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE \
                "." TYPE " {" MOBA_REGISTERS_##COUNT "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", p, 1, 1, 1;\n}" \
                : MOBA_INOUT_##COUNT(d, 0)                                                                        \

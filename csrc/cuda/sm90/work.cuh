@@ -64,7 +64,7 @@ struct Item {
   int shift;            // see Tile::shift
   int list_begin;       // the list's entries in the unit
   int list_end;
-  int first, count;     // tiles, numbered in the list
+  int first, count;  // tiles, numbered in the list
 };
 
 // What block_at says, in 32 bits.
@@ -96,8 +96,8 @@ __device__ __forceinline__ void place_block(Item& item, const Shape& shape, int 
 
 // Calls f(item) for each block that has tiles in [tile, end) of a unit.
 template <class F>
-__device__ __forceinline__ void for_each_item(const AttendParams& p, const Schedule& schedule, int local, int tile, int end,
-                                              F f) {
+__device__ __forceinline__ void for_each_item(const AttendParams& p, const Schedule& schedule, int local, int tile,
+                                              int end, F f) {
   int number = -1;
   while (tile < end) {
     const UnitLists lists(p, schedule, local);

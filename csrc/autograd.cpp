@@ -12,9 +12,7 @@ using torch::autograd::variable_list;
 
 Tensor or_undefined(const OptionalTensor& tensor) { return tensor.value_or(Tensor()); }
 
-OptionalTensor or_none(const Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-}
+OptionalTensor or_none(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 
 struct Attend : torch::autograd::Function<Attend> {
   static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -39,8 +37,8 @@ struct Attend : torch::autograd::Function<Attend> {
     auto& data = ctx->saved_data;
     auto [dq, dk, dv] = call_attend_backward(
         grads[0], grads[1], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], or_none(saved[6]),
-        or_none(saved[7]), data["max_seqlen_q"].toSymInt(), data["max_seqlen_k"].toSymInt(),
-        data["block_size"].toInt(), data["softmax_scale"].toDouble(), data["deterministic"].toBool());
+        or_none(saved[7]), data["max_seqlen_q"].toSymInt(), data["max_seqlen_k"].toSymInt(), data["block_size"].toInt(),
+        data["softmax_scale"].toDouble(), data["deterministic"].toBool());
     return {dq, dk, dv, {}, {}, {}, {}, {}, {}, {}, {}};
   }
 };
@@ -60,7 +58,8 @@ struct AttendBackward : torch::autograd::Function<AttendBackward> {
   }
 
   static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK_NOT_IMPLEMENTED(false, "moba attention has no second derivative: wanted a first-order gradient, got a "
+    TORCH_CHECK_NOT_IMPLEMENTED(false,
+                                "moba attention has no second derivative: wanted a first-order gradient, got a "
                                 "backward pass through its backward pass (create_graph=True)");
   }
 };

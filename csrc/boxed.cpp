@@ -12,7 +12,7 @@ namespace moba {
 
 // Mirrored by `Argument` in src/dispatch.rs.
 struct Argument {
-  int32_t tag;  // 0 None, 1 Tensor, 2 int, 3 float, 4 bool, 5 Tensor[]
+  int32_t tag;      // 0 None, 1 Tensor, 2 int, 3 float, 4 bool, 5 Tensor[]
   int64_t integer;  // also the number of `tensors`
   double number;
   const at::Tensor* tensor;
@@ -66,8 +66,8 @@ char* guarded(const F& body) {
 
 extern "C" {
 
-char* moba_call(const char* name, const moba::Argument* arguments, size_t count, at::Tensor** outputs,
-                size_t capacity, size_t* written) {
+char* moba_call(const char* name, const moba::Argument* arguments, size_t count, at::Tensor** outputs, size_t capacity,
+                size_t* written) {
   return moba::guarded([&] {
     const auto op = moba::find(name);
     torch::jit::Stack stack;

@@ -95,8 +95,8 @@ inline void check_cu_seqlens_shape(const Tensor& q, const OptionalTensor& cu_seq
 }
 
 // The values of cu_seqlens, both on the CPU, contiguous, int32 and of equal length.
-inline void check_cu_seqlens(const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t tokens_q,
-                             int64_t tokens_k, int64_t max_seqlen_q, int64_t max_seqlen_k) {
+inline void check_cu_seqlens(const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t tokens_q, int64_t tokens_k,
+                             int64_t max_seqlen_q, int64_t max_seqlen_k) {
   const struct {
     const char* name;
     const char* max_name;
@@ -121,8 +121,9 @@ inline void check_cu_seqlens(const Tensor& cu_seqlens_q, const Tensor& cu_seqlen
   }
   for (int64_t i = 0; i < sequences; ++i) {
     const int64_t length_q = sides[0].cu[i + 1] - sides[0].cu[i], length_k = sides[1].cu[i + 1] - sides[1].cu[i];
-    TORCH_CHECK_VALUE(length_q <= length_k, "cu_seqlens_q: wanted at most as many queries as keys in each sequence, got ",
-                      length_q, " queries and ", length_k, " keys in sequence ", i);
+    TORCH_CHECK_VALUE(length_q <= length_k,
+                      "cu_seqlens_q: wanted at most as many queries as keys in each sequence, got ", length_q,
+                      " queries and ", length_k, " keys in sequence ", i);
   }
 }
 

@@ -55,10 +55,9 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
 }
 
 std::tuple<Tensor, Tensor> attention_varlen(const Tensor& q, const Tensor& k, const Tensor& v,
-                                            const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                                            SymInt max_seqlen_q, SymInt max_seqlen_k, int64_t block_size,
-                                            int64_t top_k, std::optional<double> softmax_scale,
-                                            bool deterministic) {
+                                            const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, SymInt max_seqlen_q,
+                                            SymInt max_seqlen_k, int64_t block_size, int64_t top_k,
+                                            std::optional<double> softmax_scale, bool deterministic) {
   check_block_size(block_size);
   check_top_k(top_k);
   check_qk(q, k, /*packed=*/true);
@@ -82,18 +81,20 @@ std::tuple<Tensor, Tensor> call_attend(const Tensor& q, const Tensor& k, const T
                                        const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
                                        const SymInt& max_seqlen_q, const SymInt& max_seqlen_k, int64_t block_size,
                                        double softmax_scale, bool deterministic) {
-  static const auto op = find<std::tuple<Tensor, Tensor>(
-      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, SymInt,
-      SymInt, int64_t, double, bool)>("moba::_attend");
+  static const auto op =
+      find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                      const OptionalTensor&, SymInt, SymInt, int64_t, double, bool)>("moba::_attend");
   return op.call(q, k, v, route, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, softmax_scale,
                  deterministic);
 }
 
-std::tuple<Tensor, Tensor, Tensor> call_attend_backward(
-    const Tensor& dout, const Tensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-    const Tensor& lse, const Tensor& route, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-    const SymInt& max_seqlen_q, const SymInt& max_seqlen_k, int64_t block_size, double softmax_scale,
-    bool deterministic) {
+std::tuple<Tensor, Tensor, Tensor> call_attend_backward(const Tensor& dout, const Tensor& dlse, const Tensor& q,
+                                                        const Tensor& k, const Tensor& v, const Tensor& out,
+                                                        const Tensor& lse, const Tensor& route,
+                                                        const OptionalTensor& cu_seqlens_q,
+                                                        const OptionalTensor& cu_seqlens_k, const SymInt& max_seqlen_q,
+                                                        const SymInt& max_seqlen_k, int64_t block_size,
+                                                        double softmax_scale, bool deterministic) {
   static const auto op = find<std::tuple<Tensor, Tensor, Tensor>(
       const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
       const Tensor&, const OptionalTensor&, const OptionalTensor&, SymInt, SymInt, int64_t, double, bool)>(

@@ -16,10 +16,12 @@ std::tuple<Tensor, Tensor> call_attend(const Tensor& q, const Tensor& k, const T
                                        const SymInt& max_seqlen_q, const SymInt& max_seqlen_k, int64_t block_size,
                                        double softmax_scale, bool deterministic);
 
-std::tuple<Tensor, Tensor, Tensor> call_attend_backward(
-    const Tensor& dout, const Tensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-    const Tensor& lse, const Tensor& route, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-    const SymInt& max_seqlen_q, const SymInt& max_seqlen_k, int64_t block_size, double softmax_scale,
-    bool deterministic);
+std::tuple<Tensor, Tensor, Tensor> call_attend_backward(const Tensor& dout, const Tensor& dlse, const Tensor& q,
+                                                        const Tensor& k, const Tensor& v, const Tensor& out,
+                                                        const Tensor& lse, const Tensor& route,
+                                                        const OptionalTensor& cu_seqlens_q,
+                                                        const OptionalTensor& cu_seqlens_k, const SymInt& max_seqlen_q,
+                                                        const SymInt& max_seqlen_k, int64_t block_size,
+                                                        double softmax_scale, bool deterministic);
 
 }  // namespace moba

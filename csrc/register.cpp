@@ -10,9 +10,9 @@
 
 TORCH_LIBRARY(moba, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-  for (const char* schema : {moba::kRouteSchema, moba::kAttentionSchema, moba::kAttentionVarlenSchema,
-                             moba::kRoutedAttentionSchema, moba::kInternalRouteSchema, moba::kAttendSchema,
-                             moba::kAttendBackwardSchema}) {
+  for (const char* schema :
+       {moba::kRouteSchema, moba::kAttentionSchema, moba::kAttentionVarlenSchema, moba::kRoutedAttentionSchema,
+        moba::kInternalRouteSchema, moba::kAttendSchema, moba::kAttendBackwardSchema}) {
     m.def(schema, tags);
   }
 }
@@ -25,7 +25,8 @@ extern "C" int moba_anchor() { return moba_cuda_anchor(); }
 namespace {
 
 void refuse_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
-  TORCH_CHECK_NOT_IMPLEMENTED(false, op.schema().name(), ": wanted CPU tensors, got CUDA tensors. This library was "
+  TORCH_CHECK_NOT_IMPLEMENTED(false, op.schema().name(),
+                              ": wanted CPU tensors, got CUDA tensors. This library was "
                               "built without CUDA kernels; rebuild tch-moba with the feature `cuda`");
 }
 

@@ -62,3 +62,8 @@ pub use gradcheck::*;
 pub use hybrid::{AttentionKind, CustomPolicy, HybridPolicy, Phase, Step};
 pub use ops::{Packed, moba_attention, moba_attention_varlen, moba_attention_with_lse, route, routed_attention};
 pub use select::*;
+
+/// The README's example, compiled and run with the other documentation tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -14,8 +14,14 @@ namespace {
 template <typename T, typename A>
 struct ForwardScratch {
   ForwardScratch(int64_t head_dim, int64_t rows)
-      : keys(head_dim), values(head_dim), queries(kPanelRows * head_dim), scores(kPanelRows * kTileKeys),
-        product(kPanelRows * head_dim), accumulated(rows * head_dim), maximum(rows), sum(rows) {}
+      : keys(head_dim),
+        values(head_dim),
+        queries(kPanelRows * head_dim),
+        scores(kPanelRows * kTileKeys),
+        product(kPanelRows * head_dim),
+        accumulated(rows * head_dim),
+        maximum(rows),
+        sum(rows) {}
   Tile<T, A> keys, values;
   Scratch<A> queries, scores, product;
   Scratch<A> accumulated, maximum, sum;  // one entry for each query of the task
@@ -92,9 +98,7 @@ struct Forward {
 
 // About 32 tasks for the whole call, so that any number of cores finds work, within bounds that keep panels full and
 // the accumulators in cache.
-int64_t rows_per_task(const Problem& problem) {
-  return std::clamp<int64_t>(total_rows(problem) / 32, 256, 4096);
-}
+int64_t rows_per_task(const Problem& problem) { return std::clamp<int64_t>(total_rows(problem) / 32, 256, 4096); }
 
 std::tuple<Tensor, Tensor> attend(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any,
                                   const Tensor& route_any, const OptionalTensor& cu_seqlens_q,

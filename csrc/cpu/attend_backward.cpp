@@ -15,9 +15,15 @@ namespace {
 template <typename T, typename A>
 struct BackwardScratch {
   BackwardScratch(int64_t head_dim, int64_t rows)
-      : keys(head_dim), values(head_dim), queries(kPanelRows * head_dim), douts(kPanelRows * head_dim),
-        probabilities(kPanelRows * kTileKeys), gradients(kPanelRows * kTileKeys), product(kPanelRows * head_dim),
-        dq(rows * head_dim), delta(rows) {}
+      : keys(head_dim),
+        values(head_dim),
+        queries(kPanelRows * head_dim),
+        douts(kPanelRows * head_dim),
+        probabilities(kPanelRows * kTileKeys),
+        gradients(kPanelRows * kTileKeys),
+        product(kPanelRows * head_dim),
+        dq(rows * head_dim),
+        delta(rows) {}
   Tile<T, A> keys, values;
   Scratch<A> queries, douts, probabilities, gradients, product;
   Scratch<A> dq, delta;  // one entry for each query of the task
@@ -207,11 +213,13 @@ void run_all(const Problem& problem, const Tensor& dout, const Tensor& dlse, con
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> attend_backward(
-    const Tensor& dout_any, const Tensor& dlse_any, const Tensor& q_any, const Tensor& k_any, const Tensor& v_any,
-    const Tensor& out_any, const Tensor& lse_any, const Tensor& route_any, const OptionalTensor& cu_seqlens_q,
-    const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t block_size,
-    double softmax_scale, bool /*deterministic: always*/) {
+std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& dout_any, const Tensor& dlse_any, const Tensor& q_any,
+                                                   const Tensor& k_any, const Tensor& v_any, const Tensor& out_any,
+                                                   const Tensor& lse_any, const Tensor& route_any,
+                                                   const OptionalTensor& cu_seqlens_q,
+                                                   const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q,
+                                                   int64_t max_seqlen_k, int64_t block_size, double softmax_scale,
+                                                   bool /*deterministic: always*/) {
   check_attend(q_any, k_any, v_any, route_any, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale);
   check_backward(dout_any, dlse_any, q_any, out_any, lse_any, cu_seqlens_q.has_value());
   const Tensor q = with_contiguous_rows(q_any), k = with_contiguous_rows(k_any), v = with_contiguous_rows(v_any);

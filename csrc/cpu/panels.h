@@ -92,8 +92,8 @@ void for_each_panel(const Problem& problem, const Sequence& sequence, const Rout
     for (int64_t key_begin = block_begin; key_begin < block_end; key_begin += kTileKeys) {
       const int64_t keys = std::min(kTileKeys, block_end - key_begin);
       load(key_begin, keys);
-      const Panel panel{.rows = nullptr, .count = 0, .key_begin = key_begin, .keys = keys, .diagonal = false,
-                        .sequence = &sequence};
+      const Panel panel{
+          .rows = nullptr, .count = 0, .key_begin = key_begin, .keys = keys, .diagonal = false, .sequence = &sequence};
       Panel diagonal = panel;
       diagonal.diagonal = true;
       cut_into_panels(diagonal, begin, past, kPanelRows, body);

@@ -20,7 +20,7 @@ struct Rows {
 
 // One sequence of the batch. Query i stands at position seqlen_k - seqlen_q + i.
 struct Sequence {
-  int64_t index;           // batch index, dense layout only
+  int64_t index;             // batch index, dense layout only
   int64_t begin_q, begin_k;  // first token, packed layout only
   int64_t seqlen_q, seqlen_k;
   int64_t first_block = 0, first_key = 0;  // blocks and keys of all sequences before this one

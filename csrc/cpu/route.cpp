@@ -16,7 +16,9 @@ constexpr int64_t kRows = 128, kBlocks = 256;
 // means [heads_k, blocks of all sequences, head_dim]; only complete blocks are ever read.
 template <typename T, typename A>
 Tensor block_means(const Problem& problem, const Tensor& k) {
-  Tensor means = at::empty({problem.heads_k, problem.blocks, problem.head_dim}, k.options().dtype(c10::CppTypeToScalarType<A>::value).memory_format(at::MemoryFormat::Contiguous));
+  Tensor means =
+      at::empty({problem.heads_k, problem.blocks, problem.head_dim},
+                k.options().dtype(c10::CppTypeToScalarType<A>::value).memory_format(at::MemoryFormat::Contiguous));
   struct Block {
     const Sequence* sequence;
     int64_t head, block;

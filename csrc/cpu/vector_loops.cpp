@@ -1,9 +1,9 @@
 // The loops between the matrix products. Each is compiled for AVX-512, AVX2 and the baseline; the loader picks one.
-#include "linear_algebra.h"
-
 #include <algorithm>
 #include <bit>
 #include <limits>
+
+#include "linear_algebra.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define MOBA_VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))

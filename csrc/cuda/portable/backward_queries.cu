@@ -153,7 +153,7 @@ cudaError_t launch_backward_queries(const BackwardQueriesParams& p, Dtype dtype,
     if (p.shape.head_dim <= 64) return launch<T, 1>(p, stream);
     if (p.shape.head_dim <= 128) return launch<T, 2>(p, stream);
     // 128 more columns of dq in float64 would not fit the registers.
-    return launch<T, sizeof(T) == 8 ? 2 : 4>(p, stream);
+    return launch < T, sizeof(T) == 8 ? 2 : 4 > (p, stream);
   });
 }
 

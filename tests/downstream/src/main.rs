@@ -10,7 +10,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     if std::env::var_os("MOBA_REQUIRE_CUDA").is_some() && !Cuda::is_available() {
         return Err("MOBA_REQUIRE_CUDA is set, but libtorch sees no GPU".into());
     }
-    for device in [Device::Cpu, Device::cuda_if_available()] {
+    let gpu = Cuda::is_available().then_some(Device::Cuda(0));
+    for device in std::iter::once(Device::Cpu).chain(gpu) {
         let [q, k, v] = [(); 3].map(|()| Tensor::randn([1, 4, 100, 32], (Kind::Float, device)));
         let out = moba_attention(&q, &k, &v, &MobaConfig::new(16, 7)?)?;
         let error = (out - full_attention(&q, &k, &v, None)?).abs().max().double_value(&[]);

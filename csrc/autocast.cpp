@@ -12,7 +12,7 @@ Tensor to_autocast(const Tensor& tensor, c10::DeviceType device) {
   return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), tensor, device);
 }
 
-// Casts every floating-point tensor on the stack; the int32 ones (route, cu_seqlens) pass cached_cast unchanged.
+// Casts every floating-point tensor on the stack; route and cu_seqlens are int32 and stay.
 template <c10::DeviceType device>
 void cast_and_call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const c10::impl::ExcludeDispatchKeyGuard once(at::autocast::get_autocast_dispatch_key_from_device_type(device));

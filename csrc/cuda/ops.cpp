@@ -12,6 +12,7 @@
 
 #include "check.h"
 #include "cuda/launch.h"
+#include "cuda/sm90/launch.h"
 
 // As in ATen/cuda/CUDAContext.h, which would need the headers of cuBLAS and cuSPARSE too.
 namespace at::cuda {
@@ -240,9 +241,13 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q_any, const Tensor& k_any, cons
     return {out.zero_(), lse.fill_(-std::numeric_limits<double>::infinity())};
   }
 
+  const Source rows_q = problem.rows(q), rows_k = problem.rows(k), rows_v = problem.rows(v);
+  const bool hopper = sm90::accepts(shape, rows_q, rows_k, rows_v, softmax_scale, problem.dtype());
+  const auto partial = hopper ? q.options() : accumulator(q);
+
   ListMemory memory(shape);
   Tensor partial_out, partial_lse;
-  const int64_t partial_bytes = shape.entries() * (shape.head_dim + 1) * lse.element_size();
+  const int64_t partial_bytes = shape.entries() * (shape.head_dim * partial.dtype().itemsize() + lse.element_size());
   for_each_chunk({0, shape.units()}, memory.unit_bytes(), kListBytes, 1, [&](const Range& listed) {
     const Lists lists = memory.over(listed, q.options());
     C10_CUDA_CHECK(launch_lists({.shape = shape, .route = problem.per_query(route), .lists = lists}, problem.stream()));
@@ -251,13 +256,19 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q_any, const Tensor& k_any, cons
           .shape = shape,
           .units = units,
           .lists = lists,
-          .q = problem.rows(q),
-          .k = problem.rows(k),
-          .v = problem.rows(v),
+          .q = rows_q,
+          .k = rows_k,
+          .v = rows_v,
           .softmax_scale = softmax_scale,
-          .partial_out = scratch(partial_out, {units.count, shape.entries(), shape.head_dim}, accumulator(q)),
+          .partial_out = scratch(partial_out, {units.count, shape.entries(), shape.head_dim}, partial),
           .partial_lse = scratch(partial_lse, {units.count, shape.entries()}, accumulator(q)),
       };
+      if (hopper) {
+        C10_CUDA_CHECK(sm90::launch_attend(attend, problem.dtype(), problem.stream()));
+        C10_CUDA_CHECK(sm90::launch_merge(attend, problem.rows_out(out), problem.per_query_out(lse), problem.dtype(),
+                                          problem.stream()));
+        return;
+      }
       C10_CUDA_CHECK(launch_attend(attend, problem.dtype(), problem.stream()));
       const MergeParams merge{
           .shape = shape,

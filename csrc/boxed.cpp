@@ -47,6 +47,16 @@ c10::OperatorHandle find(const char* text) {
   return *handle;
 }
 
+torch::jit::Stack call(const char* name, const Argument* arguments, size_t count) {
+  const auto op = find(name);
+  torch::jit::Stack stack;
+  stack.reserve(op.schema().arguments().size());
+  for (size_t i = 0; i < count; ++i) stack.push_back(to_ivalue(arguments[i]));
+  op.schema().checkAndNormalizeInputs(stack, {});
+  op.callBoxed(&stack);
+  return stack;
+}
+
 template <typename F>
 char* guarded(const F& body) {
   try {
@@ -69,18 +79,21 @@ extern "C" {
 char* moba_call(const char* name, const moba::Argument* arguments, size_t count, at::Tensor** outputs, size_t capacity,
                 size_t* written) {
   return moba::guarded([&] {
-    const auto op = moba::find(name);
-    torch::jit::Stack stack;
-    stack.reserve(op.schema().arguments().size());
-    for (size_t i = 0; i < count; ++i) stack.push_back(moba::to_ivalue(arguments[i]));
-    op.schema().checkAndNormalizeInputs(stack, {});
-    op.callBoxed(&stack);
+    torch::jit::Stack stack = moba::call(name, arguments, count);
     // aten's attention operators return integers among their tensors; only the tensors are handed on.
     stack.erase(std::remove_if(stack.begin(), stack.end(), [](const c10::IValue& value) { return !value.isTensor(); }),
                 stack.end());
     TORCH_CHECK(stack.size() <= capacity, "wanted at most ", capacity, " outputs, got ", stack.size());
     for (size_t i = 0; i < stack.size(); ++i) outputs[i] = new at::Tensor(std::move(stack[i]).toTensor());
     *written = stack.size();
+  });
+}
+
+char* moba_call_text(const char* name, const moba::Argument* arguments, size_t count, char** text) {
+  return moba::guarded([&] {
+    const torch::jit::Stack stack = moba::call(name, arguments, count);
+    TORCH_CHECK(stack.size() == 1 && stack[0].isString(), "wanted an operator that returns a text");
+    *text = strdup(stack[0].toStringRef().c_str());
   });
 }
 

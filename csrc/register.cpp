@@ -12,7 +12,7 @@ TORCH_LIBRARY(moba, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   for (const char* schema :
        {moba::kRouteSchema, moba::kAttentionSchema, moba::kAttentionVarlenSchema, moba::kRoutedAttentionSchema,
-        moba::kInternalRouteSchema, moba::kAttendSchema, moba::kAttendBackwardSchema}) {
+        moba::kInternalRouteSchema, moba::kAttendSchema, moba::kAttendBackwardSchema, moba::kHopperRefusalSchema}) {
     m.def(schema, tags);
   }
 }
@@ -33,7 +33,7 @@ void refuse_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moba, CUDA, m) {
-  for (const char* name : {"_route", "_attend", "_attend_backward"}) {
+  for (const char* name : {"_route", "_attend", "_attend_backward", "_hopper_refusal"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>());
   }
 }

@@ -35,4 +35,8 @@ constexpr const char* kAttendBackwardSchema =
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, int block_size, "
     "float softmax_scale, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)";
 
+// Why the Hopper kernels do not take CUDA tensors, or nothing; dense layout.
+constexpr const char* kHopperRefusalSchema =
+    "_hopper_refusal(Tensor q, Tensor k, Tensor v, int block_size) -> str";
+
 }  // namespace moba

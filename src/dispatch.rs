@@ -105,6 +105,12 @@ unsafe extern "C" {
         capacity: usize,
         written: *mut usize,
     ) -> *mut c_char;
+    fn moba_call_text(
+        name: *const c_char,
+        arguments: *const Argument,
+        count: usize,
+        text: *mut *mut c_char,
+    ) -> *mut c_char;
     fn moba_schema(name: *const c_char, text: *mut *mut c_char) -> *mut c_char;
     fn moba_free(text: *mut c_char);
     fn moba_autocast_get(device: i32, enabled: *mut i32, dtype: *mut i32) -> *mut c_char;
@@ -143,6 +149,20 @@ pub fn call(name: &str, arguments: &[Value<'_>]) -> Result<Vec<Tensor>> {
     check(name, error)?;
     // SAFETY: on success the first `written` pointers are heap-allocated tensors that we now own.
     Ok(outputs[..written].iter().map(|&tensor| unsafe { Tensor::from_ptr(tensor) }).collect())
+}
+
+/// As [`call`], for an operator whose only output is a `str`.
+pub(crate) fn call_text(name: &str, arguments: &[Value<'_>]) -> Result<String> {
+    ensure_loaded();
+    let c_name = c_string(name)?;
+    let mut lists = vec![Vec::new(); arguments.len()];
+    let arguments: Vec<Argument> =
+        arguments.iter().zip(&mut lists).map(|(value, list)| Argument::new(value, list)).collect();
+    let mut text = std::ptr::null_mut();
+    // SAFETY: as in `call`; `text` receives an owned C string on success.
+    check(name, unsafe { moba_call_text(c_name.as_ptr(), arguments.as_ptr(), arguments.len(), &mut text) })?;
+    // SAFETY: just written by `moba_call_text`, and read once.
+    Ok(unsafe { take_string(text) })
 }
 
 /// The schema of a registered operator, as libtorch prints it.

@@ -4,7 +4,7 @@ use std::fmt;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::MobaConfig;
+use crate::{MobaConfig, dispatch};
 
 /// A set of kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -14,6 +14,9 @@ pub enum Backend {
     Cpu,
     /// CUDA kernels for any shape on GPUs of compute capability 8.0 and newer.
     CudaPortable,
+    /// Tensor-core kernels for GPUs of compute capability 9.0 (H100, H200): bfloat16 and float16, head_dim 64 and 128,
+    /// block_size a multiple of 16. More than 64 slots are routed by the portable kernels.
+    CudaHopper,
 }
 
 impl fmt::Display for Backend {
@@ -21,6 +24,7 @@ impl fmt::Display for Backend {
         f.write_str(match self {
             Self::Cpu => "cpu",
             Self::CudaPortable => "cuda_portable",
+            Self::CudaHopper => "cuda_hopper",
         })
     }
 }
@@ -70,13 +74,14 @@ impl fmt::Display for Selection {
 /// let q = Tensor::zeros([1, 2, 8, 16], (Kind::Float, Device::Cpu));
 /// let selection = select(&q, &q, &q, &MobaConfig::default());
 /// assert_eq!(selection.backend, Some(Backend::Cpu));
-/// println!("{selection}"); // cpu; not cuda_portable: device: want q on a CUDA device, got Cpu
+/// println!("{selection}"); // cpu; not cuda_hopper: device: want q on a CUDA device, got Cpu; not cuda_portable: ..
 /// ```
 pub fn select(q: &Tensor, k: &Tensor, v: &Tensor, config: &MobaConfig) -> Selection {
-    let inputs = Inputs { q, k, v };
+    let inputs = Inputs { q, k, v, config };
     let mut selection = Selection { backend: None, refusals: Vec::new() };
-    for &(backend, own) in BACKENDS {
-        let refused = own.iter().chain(COMMON).find_map(|(filter, accepts)| Some((*filter, accepts(&inputs).err()?)));
+    for &(backend, first, last) in BACKENDS {
+        let mut filters = first.iter().chain(COMMON).chain(last);
+        let refused = filters.find_map(|(filter, accepts)| Some((*filter, accepts(&inputs).err()?)));
         match refused {
             Some((filter, reason)) => selection.refusals.push(Refusal { backend, filter, reason }),
             None => selection.backend = selection.backend.or(Some(backend)),
@@ -90,13 +95,16 @@ struct Inputs<'a> {
     q: &'a Tensor,
     k: &'a Tensor,
     v: &'a Tensor,
+    config: &'a MobaConfig,
 }
 
 /// A name, and a test that says what it wanted and what it got.
 type Filter = (&'static str, fn(&Inputs<'_>) -> Result<(), String>);
 
-/// In order of preference. A backend's own filters run first, then the common ones; each may rely on those before it.
-const BACKENDS: &[(Backend, &[Filter])] = &[
+/// In order of preference. The first filters of a backend run before the common ones, the last after them; each may rely
+/// on those before it.
+const BACKENDS: &[(Backend, &[Filter], &[Filter])] = &[
+    (Backend::CudaHopper, &[("device", on_cuda), ("build", built_with_cuda)], &[("kernels", taken_by_hopper)]),
     (
         Backend::CudaPortable,
         &[
@@ -105,8 +113,9 @@ const BACKENDS: &[(Backend, &[Filter])] = &[
             ("head_dim", head_dim_at_most_256),
             ("tokens", tokens_fit_int32),
         ],
+        &[],
     ),
-    (Backend::Cpu, &[("device", on_cpu)]),
+    (Backend::Cpu, &[("device", on_cpu)], &[]),
 ];
 
 const COMMON: &[Filter] = &[
@@ -125,6 +134,13 @@ fn on_cuda(inputs: &Inputs<'_>) -> Result<(), String> {
 
 fn built_with_cuda(_: &Inputs<'_>) -> Result<(), String> {
     want(cfg!(feature = "cuda"), || "want a build with the feature `cuda`, got one without".to_owned())
+}
+
+/// The kernels' own conditions, which the operator itself asks before each call.
+fn taken_by_hopper(inputs: &Inputs<'_>) -> Result<(), String> {
+    let arguments = [inputs.q.into(), inputs.k.into(), inputs.v.into(), inputs.config.block_size().into()];
+    let refusal = dispatch::call_text("moba::_hopper_refusal", &arguments).map_err(|error| error.to_string())?;
+    want(refusal.is_empty(), || refusal)
 }
 
 fn head_dim_at_most_256(inputs: &Inputs<'_>) -> Result<(), String> {

@@ -14,13 +14,16 @@ pub const KINDS: [Kind; 4] = [Kind::Double, Kind::Float, Kind::BFloat16, Kind::H
 pub fn devices() -> Vec<Device> {
     let gpu = Device::cuda_if_available();
     let usable = gpu.is_cuda() && cfg!(feature = "cuda");
-    let required = env::var("MOBA_REQUIRE_CUDA").is_ok_and(|value| value == "1");
     assert!(
-        usable || !required,
+        usable || !cuda_required(),
         "MOBA_REQUIRE_CUDA=1, but the GPU is {gpu:?} and the feature `cuda` is {}",
         if cfg!(feature = "cuda") { "on" } else { "off" }
     );
     if usable { vec![Device::Cpu, gpu] } else { vec![Device::Cpu] }
+}
+
+pub fn cuda_required() -> bool {
+    env::var("MOBA_REQUIRE_CUDA").is_ok_and(|value| value == "1")
 }
 
 /// `MOBA_SUITE_SMALL=1` leaves out the larger shapes, for runs under compute-sanitizer.

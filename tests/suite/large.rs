@@ -6,7 +6,7 @@ use cudarc::driver::CudaContext;
 use tch::{Device, IndexOp, Kind, Tensor};
 use tch_moba::{MobaConfig, moba_attention_with_lse};
 
-use crate::kit::{Case, Inputs, Results, assert_same_bits, devices, small};
+use crate::kit::{Case, Inputs, Results, assert_same_bits, cuda_required, devices, small};
 
 const GIB: u64 = 1 << 30;
 
@@ -22,11 +22,18 @@ fn free_memory(device: Device) -> u64 {
 
 fn enough(test: &str, device: Device, bytes: u64) -> bool {
     let free = free_memory(device);
-    if free < bytes || small() {
+    let fits = free >= bytes;
+    // A GPU was asked for to see this run.
+    assert!(
+        fits || small() || !device.is_cuda() || !cuda_required(),
+        "{test}: {} GiB free, {} wanted",
+        free / GIB,
+        bytes / GIB
+    );
+    if !fits || small() {
         println!("{test} on {device:?}: left out, {} GiB free, {} wanted", free / GIB, bytes / GIB);
-        return false;
     }
-    true
+    fits && !small()
 }
 
 /// The numbers of `x` in a buffer where neighbours in `dim` lie `stride` elements apart.

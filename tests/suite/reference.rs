@@ -84,3 +84,29 @@ fn queries_at_the_end_of_longer_keys() {
 fn large_blocks_and_many_slots() {
     sweep(&[Case::new(300, 64, 256, 2), Case::new(300, 16, 4, 60), Case::new(290, 8, 3, 5).heads(4, 1)]);
 }
+
+/// Shapes that the tensor-core kernels take, around their tile sizes, in the dtypes that they take.
+#[test]
+fn shapes_of_the_tensor_core_kernels() {
+    let mut cases = Vec::new();
+    let lengths = [63, 64, 65, 127, 128, 129, 191, 251, 255, 257, 383, 509, 513];
+    let blocks = [16, 32, 48, 64, 80, 96, 128, 144, 192, 256];
+    for (n, seqlen) in lengths.into_iter().enumerate() {
+        for head_dim in [64, 128] {
+            let block = blocks[(3 * n + head_dim as usize / 64) % blocks.len()];
+            let (heads, heads_k) = [(2, 2), (4, 1), (2, 1), (6, 3)][n % 4];
+            let top_k = [2, 3, 5, 1, 8, 13][n % 6];
+            cases.push(Case::new(seqlen, head_dim, block, top_k).heads(heads, heads_k));
+        }
+    }
+    cases.push(Case::new(401, 128, 32, 4).queries(133).heads(4, 2).batch(2));
+    cases.push(Case::new(300, 64, 16, 9).queries(1).heads(4, 1));
+    cases.push(Case::new(640, 64, 512, 2).heads(2, 1));
+    for device in devices() {
+        for kind in [Kind::BFloat16, Kind::Half] {
+            for (n, case) in cases.iter().enumerate().filter(|(_, case)| !small() || case.seqlen_k <= 130) {
+                check(case, n as u64, kind, device);
+            }
+        }
+    }
+}

@@ -71,32 +71,111 @@ fn random_inputs() {
     }
 }
 
-/// Small integers in blocks of two: every mean and score is exact in every dtype, ties are everywhere, some keys are not
-/// finite, and there are more blocks than any kernel looks at in one go. Rows must be the oracle's, entry for entry.
+/// Small integers in blocks of a power of two: every mean and score is exact in every dtype, ties are everywhere, some
+/// keys are not finite, and there are more blocks than any kernel looks at in one go. Rows must be the oracle's, entry
+/// for entry.
 #[test]
 fn exact_numbers_give_exact_rows() {
-    for device in devices() {
-        for kind in KINDS {
-            for (seed, top_k) in [1, 2, 3, 5, 8, 9, 17, 33, 64, 130, 400].into_iter().enumerate() {
-                let seqlen = if small() { 70 } else { 701 };
-                let case = Case::new(seqlen, 3, 2, top_k).heads(2, 1);
-                let x = case.inputs(seed as u64, Kind::Double, Device::Cpu);
-                let (q, k) = (x.q.round().clamp(-2, 2), x.k.round().clamp(-1, 1));
-                for (token, value) in [(13, f64::NAN), (14, f64::NAN), (31, f64::INFINITY), (46, f64::NEG_INFINITY)] {
-                    if seed % 2 == 1 {
-                        let _ = k.narrow(2, token * (seqlen / 70), 1).narrow(3, 1, 1).fill_(value);
-                    }
+    // head_dim, block_size, blocks
+    for (head_dim, block, blocks) in [(3, 2, 350), (64, 16, 300), (128, 16, 130)] {
+        let blocks = if small() { blocks / 10 } else { blocks };
+        for (seed, top_k) in [1, 2, 3, 5, 8, 9, 17, 33, 64, 130, 400].into_iter().enumerate() {
+            let case = Case::new(blocks * block + 1, head_dim, block, top_k).heads(2, 1);
+            let x = case.inputs(seed as u64, Kind::Double, Device::Cpu);
+            let (q, k) = (x.q.round().clamp(-2, 2), x.k.round().clamp(-1, 1));
+            for (part, value) in [(18, f64::NAN), (20, f64::NAN), (44, f64::INFINITY), (65, f64::NEG_INFINITY)] {
+                if seed % 2 == 1 {
+                    let _ = k.narrow(2, blocks * block * part / 100, 1).narrow(3, 1, 1).fill_(value);
                 }
-                let [q, k] = [q, k].map(|x| x.to_kind(kind).to_device(device));
-                let chosen = route(&q, &k, &case.config()).unwrap().to_device(Device::Cpu).view(-1);
-                let rows = Vec::<i32>::try_from(chosen).unwrap();
-                for (r, (gate, row)) in gates(&case, &q, &k).iter().zip(rows.chunks(top_k as usize)).enumerate() {
-                    let mut wanted: Vec<i32> = choose(gate, top_k).into_iter().map(|block| block as i32).collect();
-                    wanted.resize(row.len(), -1);
-                    assert_eq!(row, wanted, "row {r} of {case:?} {kind:?} on {device:?}, scores {:?}", gate.scores);
+            }
+            let wanted: Vec<Vec<i32>> = gates(&case, &q, &k)
+                .iter()
+                .map(|gate| {
+                    let mut row: Vec<i32> = choose(gate, top_k).into_iter().map(|block| block as i32).collect();
+                    row.resize(top_k as usize, -1);
+                    row
+                })
+                .collect();
+            for device in devices() {
+                for kind in KINDS {
+                    let [q, k] = [&q, &k].map(|x| x.to_kind(kind).to_device(device));
+                    let chosen = route(&q, &k, &case.config()).unwrap().to_device(Device::Cpu).view(-1);
+                    let rows = Vec::<i32>::try_from(chosen).unwrap();
+                    for (r, (wanted, row)) in wanted.iter().zip(rows.chunks(top_k as usize)).enumerate() {
+                        assert_eq!(row, wanted, "row {r} of {case:?} {kind:?} on {device:?}");
+                    }
                 }
             }
         }
+    }
+}
+
+/// Tens of thousands of tokens: the chosen sets against float64 scores, a near-tie excused.
+#[test]
+fn long_sequences() {
+    for device in devices() {
+        let seqlen = if small() {
+            600
+        } else if device.is_cuda() {
+            65_536 + 77
+        } else {
+            8192 + 77
+        };
+        for (head_dim, block, top_k) in [(128, 128, 8), (64, 512, 3), (64, 64, 12)] {
+            for kind in [Kind::BFloat16, Kind::Half] {
+                let case = Case::new(seqlen, head_dim, block, top_k).heads(2, 1);
+                // Multiples of 1/16 below 4: the sum of a block is exact in float32, so that all round the same mean.
+                let draw =
+                    |size: &[i64]| (Tensor::randn(size, (Kind::Float, device)) * 16.0).round().clamp(-63, 63) / 16.0;
+                let (q, k) = (draw(&case.q_size()).to_kind(kind), draw(&case.k_size()).to_kind(kind));
+                let chosen = route(&q, &k, &case.config()).unwrap();
+                let what = format!("{case:?} {kind:?} on {device:?}");
+                assert_best_sets(&what, &case, &q, &k, &chosen);
+            }
+        }
+    }
+}
+
+/// As `assert_route`, in torch operations on the device of the tensors: no score that was left out may exceed one that
+/// was chosen by more than the order of summation can move them.
+fn assert_best_sets(what: &str, case: &Case, q: &Tensor, k: &Tensor, chosen: &Tensor) {
+    let (complete, kind, device) = (case.seqlen_k / case.block_size, k.kind(), k.device());
+    let blocks = k.narrow(2, 0, complete * case.block_size).to_kind(Kind::Float);
+    let blocks = blocks.view([case.batch, case.heads_k, complete, case.block_size, case.head_dim]);
+    let means = blocks.mean_dim([3].as_slice(), false, Kind::Float).to_kind(kind).to_kind(Kind::Double);
+    let means = means.repeat_interleave_self_int(case.heads / case.heads_k, 1, None);
+    let length = |x: &Tensor| x.square().sum_dim_intlist([-1].as_slice(), true, Kind::Double).sqrt();
+    const ROWS: i64 = 4096;
+    for begin in (0..case.seqlen_q).step_by(ROWS as usize) {
+        let rows = ROWS.min(case.seqlen_q - begin);
+        let q = q.narrow(2, begin, rows).to_kind(Kind::Double);
+        let scores = q.matmul(&means.transpose(2, 3));
+        let position = Tensor::arange(rows, (Kind::Int64, device)) + begin + (case.seqlen_k - case.seqlen_q);
+        let current = position.divide_scalar_mode(case.block_size, "floor").view([1, 1, -1, 1]);
+        let past = Tensor::arange(complete, (Kind::Int64, device)).lt_tensor(&current);
+        let route = chosen.narrow(2, begin, rows).to_kind(Kind::Int64);
+        assert!(route.narrow(3, 0, 1).equal(&current.expand_as(route.narrow(3, 0, 1))), "{what}: current block first");
+        let others = route.narrow(3, 1, case.top_k - 1);
+        let used = others.ge(0);
+        let count = current.clamp_max(case.top_k - 1);
+        assert!(
+            used.sum_dim_intlist([-1].as_slice(), true, Kind::Int64).equal(&count.expand_as(q.narrow(3, 0, 1))),
+            "{what}"
+        );
+        // Which blocks are in the set; an unused slot marks a column of its own.
+        let taken = Tensor::zeros([case.batch, case.heads, rows, complete + 1], (Kind::Bool, device));
+        let taken = taken.scatter_value(3, &others.where_self(&used, &Tensor::from(complete).to_device(device)), 1);
+        let taken = taken.narrow(3, 0, complete);
+        assert!(
+            taken.sum_dim_intlist([-1].as_slice(), true, Kind::Int64).equal(&count.expand_as(q.narrow(3, 0, 1))),
+            "{what}: a block twice"
+        );
+        assert!(taken.logical_and(&past.logical_not()).any().int64_value(&[]) == 0, "{what}: a block that is not past");
+        let worst = scores.masked_fill(&taken.logical_not(), f64::INFINITY).amin([-1].as_slice(), true);
+        let left =
+            scores.masked_fill(&taken.logical_or(&past.logical_not()), f64::NEG_INFINITY).amax([-1].as_slice(), true);
+        let slack = 4e-6 * length(&q) * length(&means).amax([2].as_slice(), true);
+        assert!(left.le_tensor(&(worst + slack)).all().int64_value(&[]) == 1, "{what}: a better block was left out");
     }
 }
 

@@ -17,19 +17,71 @@ fn what_runs_is_what_select_names() {
             let case = Case::new(20, 16, 8, 2).heads(4, 2);
             let x = case.inputs(1, kind, device);
             let selection = select(&x.q, &x.k, &x.v, &case.config());
-            let (wanted, other) = match device {
-                Device::Cpu => (Backend::Cpu, Backend::CudaPortable),
-                _ => (Backend::CudaPortable, Backend::Cpu),
+            // head_dim 16 is not for tensor cores.
+            let (wanted, others) = match device {
+                Device::Cpu => (Backend::Cpu, [(Backend::CudaHopper, "device"), (Backend::CudaPortable, "device")]),
+                _ => (Backend::CudaPortable, [(Backend::CudaHopper, "kernels"), (Backend::Cpu, "device")]),
             };
             assert_eq!(selection.backend, Some(wanted), "{selection}");
-            assert_eq!(selection.refusals.len(), 1);
-            assert_eq!((selection.refusals[0].backend, selection.refusals[0].filter), (other, "device"));
+            let refusals: Vec<_> = selection.refusals.iter().map(|refusal| (refusal.backend, refusal.filter)).collect();
+            assert_eq!(refusals, others, "{selection}");
             drop(moba_attention(&x.q, &x.k, &x.v, &case.config()).unwrap());
         }
     }
     let x = Case::new(4, 8, 4, 2).inputs(1, Kind::Float, Device::Cpu);
     let text = select(&x.q, &x.k, &x.v, &MobaConfig::default()).to_string();
-    assert_eq!(text, "cpu; not cuda_portable: device: want q on a CUDA device, got Cpu");
+    let reason = "device: want q on a CUDA device, got Cpu";
+    assert_eq!(text, format!("cpu; not cuda_hopper: {reason}; not cuda_portable: {reason}"));
+}
+
+/// Every condition of the Hopper kernels, one broken at a time; what they refuse runs on the portable ones.
+#[test]
+fn what_the_hopper_kernels_take() {
+    for device in devices().into_iter().filter(|device| device.is_cuda()) {
+        let good = Case::new(70, 64, 16, 3).heads(4, 2);
+        let select_case = |case: &Case, kind| {
+            let x = case.inputs(1, kind, device);
+            drop(moba_attention(&x.q, &x.k, &x.v, &case.config()).unwrap());
+            select(&x.q, &x.k, &x.v, &case.config())
+        };
+        let selection = select_case(&good, Kind::BFloat16);
+        if selection.backend == Some(Backend::CudaPortable) {
+            // A GPU of another generation, or a build without code for this one; nothing below could be seen.
+            assert!(
+                selection.to_string().contains("device: wanted") || selection.to_string().contains("build: wanted")
+            );
+            continue;
+        }
+        for kind in [Kind::BFloat16, Kind::Half] {
+            for head_dim in [64, 128] {
+                let selection = select_case(&Case { head_dim, ..good }, kind);
+                assert_eq!(selection.backend, Some(Backend::CudaHopper), "{selection}");
+            }
+        }
+        let refused = [
+            (good, Kind::Float, "dtype: wanted bfloat16 or float16"),
+            (Case { head_dim: 80, ..good }, Kind::BFloat16, "head_dim: wanted 64 or 128, got 80"),
+            (Case { block_size: 24, ..good }, Kind::BFloat16, "block_size: wanted a multiple of 16, got 24"),
+            (
+                Case::new(20, 64, 16, 2).heads(33, 1),
+                Kind::BFloat16,
+                "heads: wanted at most 32 for each head of k, got 33",
+            ),
+        ];
+        for (case, kind, reason) in refused {
+            let selection = select_case(&case, kind);
+            assert_eq!(selection.backend, Some(Backend::CudaPortable), "{selection}");
+            assert!(selection.to_string().contains(&format!("not cuda_hopper: kernels: {reason}")), "{selection}");
+        }
+        let x = good.inputs(1, Kind::BFloat16, device);
+        let odd = Tensor::zeros([1, 4, 70, 65], (Kind::BFloat16, device)).narrow(3, 1, 64);
+        let selection = select(&odd, &x.k, &x.v, &good.config());
+        assert!(
+            selection.to_string().contains("kernels: q: wanted rows that start at multiples of 16 bytes"),
+            "{selection}"
+        );
+        drop(moba_attention(&odd, &x.k, &x.v, &good.config()).unwrap());
+    }
 }
 
 /// Every refusal of `select` is an error of the operator, and what `select` accepts runs.
@@ -100,9 +152,6 @@ fn every_call_logs_its_backend_at_debug_level() {
         String::from_utf8(log.0.lock().unwrap().clone()).unwrap()
     };
     let text = logged(tracing::Level::DEBUG);
-    assert!(
-        text.contains("moba attention") && text.contains("cpu; not cuda_portable") && text.contains("4x2"),
-        "{text}"
-    );
+    assert!(text.contains("moba attention") && text.contains("cpu; not cuda_hopper") && text.contains("4x2"), "{text}");
     assert_eq!(logged(tracing::Level::INFO), "");
 }

@@ -1,0 +1,79 @@
+#include "cuda/sm90/refusal.h"
+
+#include <cuda_runtime_api.h>
+
+#include <initializer_list>
+#include <utility>
+
+#include "cuda/sm90/params.h"
+
+namespace moba::cuda::sm90 {
+
+namespace {
+
+// Has shared memory only where the compiler had sm_90a, the target of all Hopper stages.
+__global__ void probe_kernel(int* out) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  __shared__ int word[256];
+  word[threadIdx.x] = threadIdx.x;
+  __syncthreads();
+  *out = word[255 - threadIdx.x];
+#endif
+}
+
+std::string device_refusal() {
+  int device = 0, major = 0, minor = 0;
+  cudaFuncAttributes attributes;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
+    cudaGetLastError();  // not an error of the caller's
+    return "device: wanted one that answers";
+  }
+  if (major != 9 || minor != 0) {
+    return "device: wanted compute capability 9.0, got " + std::to_string(major) + "." + std::to_string(minor);
+  }
+  if (cudaFuncGetAttributes(&attributes, probe_kernel) != cudaSuccess || attributes.sharedSizeBytes == 0) {
+    cudaGetLastError();
+    return "build: wanted code for sm_90a (TORCH_CUDA_ARCH_LIST with 9.0a), got none";
+  }
+  return "";
+}
+
+// Rows that start at 16 bytes, and strides that a tensor map can hold.
+bool regular(const Source& source, int64_t groups, int64_t heads, int64_t rows) {
+  const auto fits = [](int64_t count, int64_t stride) {
+    return count <= 1 || (stride > 0 && stride % 8 == 0 && stride < int64_t(1) << 38);
+  };
+  return reinterpret_cast<uintptr_t>(source.data) % 16 == 0 && fits(groups, source.group) && fits(heads, source.head) &&
+         fits(rows, source.row);
+}
+
+}  // namespace
+
+std::string refusal(const Shape& shape, const Source& q, const Source& k, const Source& v, Dtype dtype) {
+  if (dtype != Dtype::kBFloat16 && dtype != Dtype::kHalf) return "dtype: wanted bfloat16 or float16";
+  if (shape.head_dim != 64 && shape.head_dim != 128) {
+    return "head_dim: wanted 64 or 128, got " + std::to_string(shape.head_dim);
+  }
+  if (shape.block_size % 16 != 0) {
+    return "block_size: wanted a multiple of 16, got " + std::to_string(shape.block_size);
+  }
+  if (shape.heads_per_key_head() > kMaxGroup) {
+    return "heads: wanted at most " + std::to_string(kMaxGroup) + " for each head of k, got " +
+           std::to_string(shape.heads_per_key_head());
+  }
+  if (shape.rows > kMaxRows || shape.keys > INT32_MAX / 2 || capacity(shape) >= INT32_MAX ||
+      shape.units() > INT32_MAX) {
+    return "size: wanted at most " + std::to_string(kMaxRows) + " queries, and fewer than 2^31 chosen blocks in all " +
+           "for each head of k, got " + std::to_string(shape.rows) + " and " + std::to_string(capacity(shape));
+  }
+  for (const auto& [name, regular] : {std::pair<const char*, bool>{"q", regular(q, shape.groups, shape.heads, shape.rows)},
+                                      {"k", regular(k, shape.groups, shape.heads_k, shape.keys)},
+                                      {"v", regular(v, shape.groups, shape.heads_k, shape.keys)}}) {
+    if (!regular) return std::string(name) + ": wanted rows that start at multiples of 16 bytes";
+  }
+  return device_refusal();
+}
+
+}  // namespace moba::cuda::sm90

@@ -1,0 +1,84 @@
+"""Memory: what lies in fresh allocations never shows, runs repeat bit for bit, and a call can be captured in a CUDA graph."""
+
+import pytest
+import torch
+
+moba = torch.ops.moba
+
+# seqlen, head_dim, block_size, top_k, heads, heads_k, dtype: for each set of kernels, with blocks and lengths that fill
+# their tiles and that do not.
+CASES = [
+    (150, 8, 16, 3, 4, 2, torch.float64),
+    (257, 24, 13, 4, 2, 1, torch.float32),
+    (300, 80, 64, 2, 2, 2, torch.bfloat16),
+    (512, 128, 128, 3, 2, 2, torch.bfloat16),
+    (333, 64, 48, 4, 4, 1, torch.float16),
+    (700, 128, 256, 2, 4, 2, torch.bfloat16),
+    (401, 128, 16, 9, 2, 1, torch.float16),
+    (200, 64, 64, 4, 2, 2, torch.bfloat16),
+]
+
+
+def inputs(case, device):
+    seqlen, head_dim, _, _, heads, heads_k, dtype = case
+    generator = torch.Generator().manual_seed(seqlen)
+    shapes = [(1, n, seqlen, head_dim) for n in (heads, heads_k, heads_k, heads)]
+    q, k, v, dout = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    dlse = torch.randn((1, heads, seqlen), generator=generator).to(device, wide)
+    return [x.requires_grad_() for x in (q, k, v)] + [dout, dlse]
+
+
+def run(case, q, k, v, dout, dlse):
+    block_size, top_k = case[2:4]
+    out, lse = moba.attention(q, k, v, block_size, top_k, deterministic=True)
+    return [moba.route(q, k, block_size, top_k), out, lse, *torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))]
+
+
+def run_packed(case, q, k, v, dout, dlse):
+    block_size, top_k = case[2:4]
+    seqlen = q.shape[2]
+    cu = torch.tensor([0, 1, seqlen // 3, seqlen // 3, seqlen], dtype=torch.int32, device=q.device)
+    rows = [x[0].transpose(0, 1) for x in (q, k, v)]
+    out, lse = moba.attention_varlen(*rows, cu, cu, seqlen, seqlen, block_size, top_k, deterministic=True)
+    return [out, lse, *torch.autograd.grad((out, lse), (q, k, v), (dout[0].transpose(0, 1), dlse[0]))]
+
+
+@pytest.mark.parametrize("runner", [run, run_packed])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fresh_memory_never_shows(device, case, runner):
+    x = inputs(case, device)
+    plain = runner(case, *x)
+    again = runner(case, *x)
+    torch.use_deterministic_algorithms(True)  # fills each new tensor with NaN or the largest integer
+    try:
+        assert torch.empty(100, device=device).isnan().all()
+        poisoned = runner(case, *x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for n, (a, b, c) in enumerate(zip(plain, again, poisoned)):
+        assert a.isfinite().all(), f"result {n}"
+        assert torch.equal(a, b), f"result {n} differs from run to run"
+        assert torch.equal(a, c), f"result {n} depends on what lay in fresh memory"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cuda_graph(device, case):
+    if device == "cpu":
+        return
+    q, k, v, dout, dlse = inputs(case, device)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run(case, q, k, v, dout, dlse)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = run(case, q, k, v, dout, dlse)
+    other = [x.detach().flip(2) for x in (q, k, v)]
+    with torch.no_grad():
+        for x, y in zip((q, k, v), other):
+            x.copy_(y)
+    graph.replay()
+    torch.cuda.synchronize()
+    for n, (a, b) in enumerate(zip(captured, run(case, q, k, v, dout, dlse))):
+        assert torch.equal(a, b), f"result {n}"

@@ -136,6 +136,13 @@ inline void check_route(const Tensor& q, const Tensor& k, const OptionalTensor& 
   check_cu_seqlens_shape(q, cu_seqlens_q, cu_seqlens_k);
 }
 
+// A routing from the user. (That of _attend may have no slots: attention to the current block alone.)
+inline void check_route_slots(const Tensor& route) {
+  TORCH_CHECK_VALUE(route.dim() == 4 && route.sym_size(-1) >= 1,
+                    "route: wanted 4 dimensions [batch, heads, seqlen_q, slots] with at least 1 slot, got ",
+                    route.sym_sizes());
+}
+
 // Arguments of _attend.
 inline void check_attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& route,
                          const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, int64_t block_size,
@@ -150,9 +157,9 @@ inline void check_attend(const Tensor& q, const Tensor& k, const Tensor& v, cons
   check_cu_seqlens_shape(q, cu_seqlens_q, cu_seqlens_k);
   check_int32(route, "route", q);
   const int64_t rank = packed ? 3 : 4;
-  TORCH_CHECK_VALUE(route.dim() == rank && route.sym_size(-1) >= 1, "route: wanted ", rank, " dimensions ",
-                    packed ? "[heads, tokens_q, slots]" : "[batch, heads, seqlen_q, slots]",
-                    " with at least 1 slot, got ", route.sym_sizes());
+  TORCH_CHECK_VALUE(route.dim() == rank, "route: wanted ", rank, " dimensions ",
+                    packed ? "[heads, tokens_q, slots]" : "[batch, heads, seqlen_q, slots]", ", got ",
+                    route.sym_sizes());
   const SymInt slots = route.sym_size(-1);
   if (packed) {
     check_shape(route, "route", {q.sym_size(1), q.sym_size(0), slots}, "to match q");

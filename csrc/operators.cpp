@@ -26,6 +26,34 @@ SymInt clamped_slots(const SymInt& seqlen_k, int64_t block_size, int64_t top_k) 
   return blocks.max(1).min(top_k);
 }
 
+// A routing without slots: every query attends to its current block and no other.
+Tensor no_route(const Tensor& q) {
+  const auto options = q.options().dtype(at::kInt);
+  if (q.dim() == 3) return at::empty_symint({q.sym_size(1), q.sym_size(0), 0}, options);
+  return at::empty_symint({q.sym_size(0), q.sym_size(1), q.sym_size(2), 0}, options);
+}
+
+// Attention over blocks that the gate chooses. Where all are chosen, that is causal attention over one block as long as
+// the sequence. (A symbolic length is not asked: it would bind an exported program to this one.)
+std::tuple<Tensor, Tensor> choose_and_attend(const Tensor& q, const Tensor& k, const Tensor& v,
+                                             const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                                             const SymInt& seqlen_q, const SymInt& seqlen_k, int64_t block_size,
+                                             int64_t top_k, std::optional<double> softmax_scale, bool deterministic) {
+  const double scale = scale_or_default(softmax_scale, q);
+  const auto length = seqlen_k.maybe_as_int();
+  // On the CPU many blocks are as fast as one.
+  const bool all = q.is_cuda() && length.has_value() && *length > 0 && (*length - 1) / block_size < top_k;
+  Tensor chosen;
+  if (all || (q.is_cuda() && top_k == 1)) {
+    chosen = no_route(q);
+  } else {
+    chosen = call_route(q, k, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k, block_size,
+                        clamped_slots(seqlen_k, block_size, top_k));
+  }
+  return call_attend(q, k, v, chosen, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k, all ? *length : block_size,
+                     scale, deterministic);
+}
+
 Tensor route(const Tensor& q, const Tensor& k, int64_t block_size, int64_t top_k) {
   check_block_size(block_size);
   check_top_k(top_k);
@@ -38,6 +66,7 @@ std::tuple<Tensor, Tensor> routed_attention(const Tensor& q, const Tensor& k, co
                                             bool deterministic) {
   check_block_size(block_size);
   check_qk(q, k, /*packed=*/false);
+  check_route_slots(route);
   return call_attend(q, k, v, route, {}, {}, q.sym_size(2), k.sym_size(2), block_size,
                      scale_or_default(softmax_scale, q), deterministic);
 }
@@ -47,11 +76,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   check_block_size(block_size);
   check_top_k(top_k);
   check_qk(q, k, /*packed=*/false);
-  const SymInt seqlen_q = q.sym_size(2), seqlen_k = k.sym_size(2);
-  const Tensor chosen =
-      call_route(q, k, {}, {}, seqlen_q, seqlen_k, block_size, clamped_slots(seqlen_k, block_size, top_k));
-  return call_attend(q, k, v, chosen, {}, {}, seqlen_q, seqlen_k, block_size, scale_or_default(softmax_scale, q),
-                     deterministic);
+  return choose_and_attend(q, k, v, {}, {}, q.sym_size(2), k.sym_size(2), block_size, top_k, softmax_scale,
+                           deterministic);
 }
 
 std::tuple<Tensor, Tensor> attention_varlen(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -61,10 +87,8 @@ std::tuple<Tensor, Tensor> attention_varlen(const Tensor& q, const Tensor& k, co
   check_block_size(block_size);
   check_top_k(top_k);
   check_qk(q, k, /*packed=*/true);
-  const Tensor chosen = call_route(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size,
-                                   clamped_slots(max_seqlen_k, block_size, top_k));
-  return call_attend(q, k, v, chosen, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size,
-                     scale_or_default(softmax_scale, q), deterministic);
+  return choose_and_attend(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, top_k,
+                           softmax_scale, deterministic);
 }
 
 }  // namespace
@@ -75,6 +99,13 @@ Tensor call_route(const Tensor& q, const Tensor& k, const OptionalTensor& cu_seq
   static const auto op = find<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, SymInt,
                                      SymInt, int64_t, SymInt)>("moba::_route");
   return op.call(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, slots);
+}
+
+Tensor with_slots(const Tensor& route, const Tensor& q, const Tensor& k, const OptionalTensor& cu_seqlens_q,
+                  const OptionalTensor& cu_seqlens_k, const SymInt& max_seqlen_q, const SymInt& max_seqlen_k,
+                  int64_t block_size) {
+  if (route.size(-1) > 0) return route.contiguous();
+  return call_route(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, 1);
 }
 
 std::tuple<Tensor, Tensor> call_attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& route,

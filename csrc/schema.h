@@ -37,6 +37,6 @@ constexpr const char* kAttendBackwardSchema =
 
 // Why the Hopper kernels do not take CUDA tensors, or nothing; dense layout.
 constexpr const char* kHopperRefusalSchema =
-    "_hopper_refusal(Tensor q, Tensor k, Tensor v, int block_size) -> str";
+    "_hopper_refusal(Tensor q, Tensor k, Tensor v, int block_size, float softmax_scale) -> str";
 
 }  // namespace moba

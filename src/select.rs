@@ -138,7 +138,9 @@ fn built_with_cuda(_: &Inputs<'_>) -> Result<(), String> {
 
 /// The kernels' own conditions, which the operator itself asks before each call.
 fn taken_by_hopper(inputs: &Inputs<'_>) -> Result<(), String> {
-    let arguments = [inputs.q.into(), inputs.k.into(), inputs.v.into(), inputs.config.block_size().into()];
+    let Inputs { q, k, v, config } = *inputs;
+    let scale = config.softmax_scale().unwrap_or(1.0); // the default is positive, whatever it is
+    let arguments = [q.into(), k.into(), v.into(), config.block_size().into(), scale.into()];
     let refusal = dispatch::call_text("moba::_hopper_refusal", &arguments).map_err(|error| error.to_string())?;
     want(refusal.is_empty(), || refusal)
 }

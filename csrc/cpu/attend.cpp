@@ -6,6 +6,7 @@
 
 #include <limits>
 
+#include "operators.h"
 #include "panels.h"
 
 namespace moba::cpu {
@@ -106,7 +107,8 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q_any, const Tensor& k_any, cons
                                   int64_t block_size, double softmax_scale, bool /*deterministic: always*/) {
   check_attend(q_any, k_any, v_any, route_any, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale);
   const Tensor q = with_contiguous_rows(q_any), k = with_contiguous_rows(k_any), v = with_contiguous_rows(v_any);
-  const Tensor route = route_any.contiguous();
+  const Tensor route = with_slots(route_any, q_any, k_any, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                                  block_size);
   const Problem problem = make_problem(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size);
   const int64_t slots = route.size(-1), rows = rows_per_task(problem);
   const Tensor out = at::empty_like(q);

@@ -7,6 +7,7 @@
 
 #include <limits>
 
+#include "operators.h"
 #include "panels.h"
 
 namespace moba::cpu {
@@ -224,7 +225,9 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& dout_any, const
   check_backward(dout_any, dlse_any, q_any, out_any, lse_any, cu_seqlens_q.has_value());
   const Tensor q = with_contiguous_rows(q_any), k = with_contiguous_rows(k_any), v = with_contiguous_rows(v_any);
   const Tensor out = with_contiguous_rows(out_any), dout = with_contiguous_rows(dout_any);
-  const Tensor lse = lse_any.contiguous(), dlse = dlse_any.contiguous(), route = route_any.contiguous();
+  const Tensor lse = lse_any.contiguous(), dlse = dlse_any.contiguous();
+  const Tensor route = with_slots(route_any, q_any, k_any, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                                  block_size);
   const Problem problem = make_problem(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size);
   const Tensor dq = at::empty_like(q), dk = at::empty_like(k), dv = at::empty_like(v);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, q.scalar_type(), "moba::_attend_backward", [&] {

@@ -5,7 +5,7 @@ use tch::{Device, Kind};
 use tch_moba::{moba_attention_with_lse, route, routed_attention};
 
 use crate::{
-    kit::{Case, KINDS, LAYOUTS, Results, assert_same_bits, devices, lay_out, small},
+    kit::{Case, KINDS, LAYOUTS, Results, assert_rounding, assert_same_bits, devices, lay_out, small},
     naive::assert_as_good,
     routing::assert_route,
 };
@@ -21,10 +21,16 @@ fn check(case: &Case, seed: u64, kind: Kind, device: Device) {
     assert_route(&what, case, &inputs.q, &inputs.k, &chosen);
     let scale = (case.head_dim as f64).powf(-0.5);
     assert_as_good(&what, case, &inputs, &chosen, scale, &ours);
-    // Two doors to the same kernels.
     let (out, lse) = routed_attention(&inputs.q, &inputs.k, &inputs.v, &chosen, &config).unwrap();
-    assert_same_bits(&format!("out of {what}, route given"), &out, &ours.out);
-    assert_same_bits(&format!("lse of {what}, route given"), &lse, &ours.lse);
+    for (name, routed, whole) in [("out", &out, &ours.out), ("lse", &lse, &ours.lse)] {
+        let what = format!("{name} of {what}, route given");
+        if device.is_cuda() && case.top_k >= case.blocks() {
+            // Dense attention answered instead.
+            assert_rounding(&what, routed, whole);
+        } else {
+            assert_same_bits(&what, routed, whole);
+        }
+    }
 }
 
 fn sweep(cases: &[Case]) {

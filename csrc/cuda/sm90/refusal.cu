@@ -2,9 +2,6 @@
 
 #include <cuda_runtime_api.h>
 
-#include <initializer_list>
-#include <utility>
-
 #include "cuda/sm90/params.h"
 
 namespace moba::cuda::sm90 {
@@ -40,18 +37,9 @@ std::string device_refusal() {
   return "";
 }
 
-// Rows that start at 16 bytes, and strides that a tensor map can hold.
-bool regular(const Source& source, int64_t groups, int64_t heads, int64_t rows) {
-  const auto fits = [](int64_t count, int64_t stride) {
-    return count <= 1 || (stride > 0 && stride % 8 == 0 && stride < int64_t(1) << 38);
-  };
-  return reinterpret_cast<uintptr_t>(source.data) % 16 == 0 && fits(groups, source.group) && fits(heads, source.head) &&
-         fits(rows, source.row);
-}
-
 }  // namespace
 
-std::string refusal(const Shape& shape, const Source& q, const Source& k, const Source& v, Dtype dtype) {
+std::string refusal(const Shape& shape, double softmax_scale, Dtype dtype) {
   if (dtype != Dtype::kBFloat16 && dtype != Dtype::kHalf) return "dtype: wanted bfloat16 or float16";
   if (shape.head_dim != 64 && shape.head_dim != 128) {
     return "head_dim: wanted 64 or 128, got " + std::to_string(shape.head_dim);
@@ -59,6 +47,7 @@ std::string refusal(const Shape& shape, const Source& q, const Source& k, const 
   if (shape.block_size % 16 != 0) {
     return "block_size: wanted a multiple of 16, got " + std::to_string(shape.block_size);
   }
+  if (!(softmax_scale > 0)) return "softmax_scale: wanted more than 0, got " + std::to_string(softmax_scale);
   if (shape.heads_per_key_head() > kMaxGroup) {
     return "heads: wanted at most " + std::to_string(kMaxGroup) + " for each head of k, got " +
            std::to_string(shape.heads_per_key_head());
@@ -68,12 +57,15 @@ std::string refusal(const Shape& shape, const Source& q, const Source& k, const 
     return "size: wanted at most " + std::to_string(kMaxRows) + " queries, and fewer than 2^31 chosen blocks in all " +
            "for each head of k, got " + std::to_string(shape.rows) + " and " + std::to_string(capacity(shape));
   }
-  for (const auto& [name, regular] : {std::pair<const char*, bool>{"q", regular(q, shape.groups, shape.heads, shape.rows)},
-                                      {"k", regular(k, shape.groups, shape.heads_k, shape.keys)},
-                                      {"v", regular(v, shape.groups, shape.heads_k, shape.keys)}}) {
-    if (!regular) return std::string(name) + ": wanted rows that start at multiples of 16 bytes";
-  }
   return device_refusal();
+}
+
+bool regular(const Source& source, int64_t groups, int64_t heads, int64_t rows) {
+  const auto fits = [](int64_t count, int64_t stride) {
+    return count <= 1 || (stride > 0 && stride % 8 == 0 && stride < int64_t(1) << 38);
+  };
+  return reinterpret_cast<uintptr_t>(source.data) % 16 == 0 && fits(groups, source.group) && fits(heads, source.head) &&
+         fits(rows, source.row);
 }
 
 }  // namespace moba::cuda::sm90

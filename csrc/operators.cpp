@@ -3,6 +3,7 @@
 #include "operators.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "schema.h"

@@ -51,8 +51,9 @@ std::tuple<Tensor, Tensor> choose_and_attend(const Tensor& q, const Tensor& k, c
     chosen = call_route(q, k, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k, block_size,
                         clamped_slots(seqlen_k, block_size, top_k));
   }
-  return call_attend(q, k, v, chosen, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k, all ? *length : block_size,
-                     scale, deterministic);
+  // Rounded up, as kernels want multiples of 16.
+  const int64_t attended = all ? (*length + 15) / 16 * 16 : block_size;
+  return call_attend(q, k, v, chosen, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k, attended, scale, deterministic);
 }
 
 Tensor route(const Tensor& q, const Tensor& k, int64_t block_size, int64_t top_k) {

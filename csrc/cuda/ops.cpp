@@ -12,13 +12,11 @@
 
 #include "check.h"
 #include "cuda/launch.h"
-#include "cuda/sm90/launch.h"
-
-// As in ATen/cuda/CUDAContext.h, which would need the headers of cuBLAS and cuSPARSE too.
-namespace at::cuda {
-TORCH_CUDA_CPP_API cudaDeviceProp* getCurrentDeviceProperties();
-TORCH_CUDA_CPP_API int warp_size();
-}  // namespace at::cuda
+#include "cuda/hopper.h"
+#include "cuda/problem.h"
+#include "cuda/sm90/refusal.h"
+#include "cuda/sm90/route.h"
+#include "operators.h"
 
 namespace moba {
 namespace {
@@ -32,101 +30,6 @@ constexpr int64_t kPartialBytes = int64_t(768) << 20;
 
 constexpr int64_t kMaxChunks = 256;
 constexpr int64_t kMinChunkEntries = 2048;
-
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat: return Dtype::kFloat;
-    case at::kDouble: return Dtype::kDouble;
-    case at::kBFloat16: return Dtype::kBFloat16;
-    case at::kHalf: return Dtype::kHalf;
-    default: TORCH_CHECK_TYPE(false, "q: wanted dtype Float, Double, BFloat16 or Half, got ", tensor.scalar_type());
-  }
-}
-
-// Softmax, sums and lse.
-at::TensorOptions accumulator(const Tensor& tensor) {
-  return tensor.options().dtype(tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-}
-
-void check_supported(const Tensor& q, const Tensor& k) {
-  const auto* device = at::cuda::getCurrentDeviceProperties();
-  TORCH_CHECK(device->major >= 8, "q: wanted a device of compute capability 8.0 or newer, got ", device->name, " of ",
-              device->major, ".", device->minor);
-  TORCH_CHECK_VALUE(q.size(-1) <= kMaxHeadDim, "q: wanted head_dim of at most ", kMaxHeadDim, " on CUDA, got ",
-                    q.size(-1));
-  constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max();
-  for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>{"q", q}, {"k", k}}) {
-    const int64_t tokens = tensor.size(tensor.dim() == 3 ? 0 : 2);
-    TORCH_CHECK_VALUE(tokens <= kMaxTokens, name, ": wanted at most ", kMaxTokens, " tokens, got ", tokens);
-  }
-}
-
-// One copy to the host; not possible while a graph is captured, where the kernels clamp what they read.
-void check_boundaries(const Tensor& q, const Tensor& k, const OptionalTensor& cu_seqlens_q,
-                      const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k) {
-  if (!cu_seqlens_q.has_value()) return;
-  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) return;
-  const Tensor both = at::stack({*cu_seqlens_q, *cu_seqlens_k}).cpu();
-  check_cu_seqlens(both[0], both[1], q.size(0), k.size(0), max_seqlen_q, max_seqlen_k);
-}
-
-// What all stages of one call share. Holds the tensors that its pointers point to.
-class Problem {
- public:
-  Problem(const Tensor& q, const Tensor& k, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-          int64_t block_size, int64_t slots)
-      : packed_(cu_seqlens_q.has_value()), stream_(c10::cuda::getCurrentCUDAStream()), dtype_(dtype_of(q)) {
-    if (packed_) {
-      cu_seqlens_q_ = cu_seqlens_q->contiguous();
-      cu_seqlens_k_ = cu_seqlens_k->contiguous();
-    }
-    const int64_t token_dim = packed_ ? 0 : 2;
-    shape_ = Shape{
-        .groups = packed_ ? 1 : q.size(0),
-        .heads = q.size(1),
-        .heads_k = k.size(1),
-        .head_dim = q.size(-1),
-        .rows = q.size(token_dim),
-        .keys = k.size(token_dim),
-        .sequences = packed_ ? cu_seqlens_q_.numel() - 1 : 1,
-        .cu_seqlens_q = packed_ ? cu_seqlens_q_.const_data_ptr<int32_t>() : nullptr,
-        .cu_seqlens_k = packed_ ? cu_seqlens_k_.const_data_ptr<int32_t>() : nullptr,
-        .block_size = block_size,
-        .slots = slots,
-    };
-  }
-
-  const Shape& shape() const { return shape_; }
-  Dtype dtype() const { return dtype_; }
-  cudaStream_t stream() const { return stream_; }
-  bool empty() const { return shape_.units() == 0 || shape_.rows == 0 || shape_.keys == 0 || shape_.sequences == 0; }
-
-  // q, k, v and their like: [batch, heads, tokens, head_dim] or [tokens, heads, head_dim].
-  Source rows(const Tensor& tensor) const {
-    return packed_ ? Source{tensor.const_data_ptr(), 0, tensor.stride(1), tensor.stride(0)}
-                   : Source{tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-  }
-  // route, lse and their like: [batch, heads, tokens, ..] or [heads, tokens, ..].
-  Source per_query(const Tensor& tensor) const {
-    return packed_ ? Source{tensor.const_data_ptr(), 0, tensor.stride(0), tensor.stride(1)}
-                   : Source{tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-  }
-  Target rows_out(const Tensor& tensor) const { return writable(tensor, rows(tensor)); }
-  Target per_query_out(const Tensor& tensor) const { return writable(tensor, per_query(tensor)); }
-
- private:
-  static Target writable(const Tensor& tensor, const Source& view) {
-    return {tensor.mutable_data_ptr(), view.group, view.head, view.row};
-  }
-
-  bool packed_;
-  cudaStream_t stream_;
-  Dtype dtype_;
-  Tensor cu_seqlens_q_, cu_seqlens_k_;
-  Shape shape_;
-};
 
 // Calls f with ranges that cover `range`, each of at most `capacity` bytes but of at least `step` units.
 template <class F>
@@ -190,19 +93,19 @@ Tensor route(const Tensor& q_any, const Tensor& k_any, const OptionalTensor& cu_
   const c10::cuda::OptionalCUDAGuard guard(q_any.device());
   check_supported(q_any, k_any);
   check_boundaries(q_any, k_any, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
-  const Tensor q = with_contiguous_rows(q_any), k = with_contiguous_rows(k_any);
-  const Problem problem(q, k, cu_seqlens_q, cu_seqlens_k, block_size, slots);
+  const Problem problem(q_any, k_any, cu_seqlens_q, cu_seqlens_k, block_size, slots);
   const Shape& shape = problem.shape();
 
-  const auto options = q.options().dtype(at::kInt);
+  const auto options = q_any.options().dtype(at::kInt);
   const Tensor route = cu_seqlens_q.has_value() ? at::empty({shape.heads, shape.rows, slots}, options)
                                                 : at::empty({shape.groups, shape.heads, shape.rows, slots}, options);
   if (problem.empty()) return route.fill_(-1);
 
+  const bool hopper = slots <= sm90::kMaxSlots && sm90::refusal(shape, /*softmax_scale=*/1, problem.dtype()).empty();
+  const Tensor q = hopper ? problem.regular_q(q_any) : with_contiguous_rows(q_any);
+  const Tensor k = hopper ? problem.regular_k(k_any) : with_contiguous_rows(k_any);
   const Tensor means = at::empty({shape.units_k(), shape.blocks(), shape.head_dim}, q.options());
-  C10_CUDA_CHECK(launch_block_means({.shape = shape, .k = problem.rows(k), .means = means.mutable_data_ptr()},
-                                    problem.dtype(), problem.stream()));
-
+  const MeansParams means_params{.shape = shape, .k = problem.rows(k), .means = means.mutable_data_ptr()};
   GateParams gate{
       .shape = shape,
       .units = {0, shape.units()},
@@ -211,6 +114,12 @@ Tensor route(const Tensor& q_any, const Tensor& k_any, const OptionalTensor& cu_
       .candidates = nullptr,
       .route = problem.per_query_out(route),
   };
+  if (hopper) {
+    if (slots > 1) C10_CUDA_CHECK(sm90::launch_block_means(means_params, problem.dtype(), problem.stream()));
+    C10_CUDA_CHECK(sm90::launch_gate_topk(gate, problem.dtype(), problem.stream()));
+    return route;
+  }
+  C10_CUDA_CHECK(launch_block_means(means_params, problem.dtype(), problem.stream()));
   const int64_t kept = slots - 1 > kGateSharedCandidates ? slots - 1 : 0;
   const int64_t unit_bytes = gate.tiles() * kGateRows * kept * kGateKeyBytes;
   Tensor candidates;
@@ -229,9 +138,20 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q_any, const Tensor& k_any, cons
   check_attend(q_any, k_any, v_any, route_any, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale);
   const c10::cuda::OptionalCUDAGuard guard(q_any.device());
   check_supported(q_any, k_any);
-  check_boundaries(q_any, k_any, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
+  const bool routed = route_any.size(-1) > 0;
+  if (!routed) check_boundaries(q_any, k_any, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
+  const Problem any(q_any, k_any, cu_seqlens_q, cu_seqlens_k, block_size, route_any.size(-1));
+  const bool hopper = sm90::refusal(any.shape(), softmax_scale, any.dtype()).empty();
+  if (hopper && !any.empty()) {
+    const Tensor q = any.regular_q(q_any), k = any.regular_k(k_any), v = any.regular_k(v_any);
+    const Tensor out = at::empty_like(q);
+    const Tensor lse = at::empty(route_any.sizes().slice(0, route_any.dim() - 1), accumulator(q));
+    attend_hopper(any, q, k, v, route_any.contiguous(), softmax_scale, out, lse);
+    return {out, lse};
+  }
+
   const Tensor q = with_contiguous_rows(q_any), k = with_contiguous_rows(k_any), v = with_contiguous_rows(v_any);
-  const Tensor route = route_any.contiguous();
+  const Tensor route = with_slots(route_any, q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size);
   const Problem problem(q, k, cu_seqlens_q, cu_seqlens_k, block_size, route.size(-1));
   const Shape& shape = problem.shape();
 
@@ -241,13 +161,9 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q_any, const Tensor& k_any, cons
     return {out.zero_(), lse.fill_(-std::numeric_limits<double>::infinity())};
   }
 
-  const Source rows_q = problem.rows(q), rows_k = problem.rows(k), rows_v = problem.rows(v);
-  const bool hopper = sm90::accepts(shape, rows_q, rows_k, rows_v, softmax_scale, problem.dtype());
-  const auto partial = hopper ? q.options() : accumulator(q);
-
   ListMemory memory(shape);
   Tensor partial_out, partial_lse;
-  const int64_t partial_bytes = shape.entries() * (shape.head_dim * partial.dtype().itemsize() + lse.element_size());
+  const int64_t partial_bytes = shape.entries() * (shape.head_dim + 1) * lse.element_size();
   for_each_chunk({0, shape.units()}, memory.unit_bytes(), kListBytes, 1, [&](const Range& listed) {
     const Lists lists = memory.over(listed, q.options());
     C10_CUDA_CHECK(launch_lists({.shape = shape, .route = problem.per_query(route), .lists = lists}, problem.stream()));
@@ -256,19 +172,13 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q_any, const Tensor& k_any, cons
           .shape = shape,
           .units = units,
           .lists = lists,
-          .q = rows_q,
-          .k = rows_k,
-          .v = rows_v,
+          .q = problem.rows(q),
+          .k = problem.rows(k),
+          .v = problem.rows(v),
           .softmax_scale = softmax_scale,
-          .partial_out = scratch(partial_out, {units.count, shape.entries(), shape.head_dim}, partial),
+          .partial_out = scratch(partial_out, {units.count, shape.entries(), shape.head_dim}, accumulator(q)),
           .partial_lse = scratch(partial_lse, {units.count, shape.entries()}, accumulator(q)),
       };
-      if (hopper) {
-        C10_CUDA_CHECK(sm90::launch_attend(attend, problem.dtype(), problem.stream()));
-        C10_CUDA_CHECK(sm90::launch_merge(attend, problem.rows_out(out), problem.per_query_out(lse), problem.dtype(),
-                                          problem.stream()));
-        return;
-      }
       C10_CUDA_CHECK(launch_attend(attend, problem.dtype(), problem.stream()));
       const MergeParams merge{
           .shape = shape,
@@ -285,21 +195,33 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q_any, const Tensor& k_any, cons
   return {out, lse};
 }
 
-// The sums always run in the same order, so `deterministic` asks for nothing more. The values of cu_seqlens were
-// checked by the forward pass.
+// The sums of the portable stages always run in the same order, so `deterministic` asks nothing more of them. The values
+// of cu_seqlens were checked by the forward pass.
 std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& dout_any, const Tensor& dlse_any, const Tensor& q_any,
                                                    const Tensor& k_any, const Tensor& v_any, const Tensor& out_any,
                                                    const Tensor& lse_any, const Tensor& route_any,
                                                    const OptionalTensor& cu_seqlens_q,
-                                                   const OptionalTensor& cu_seqlens_k, int64_t, int64_t,
-                                                   int64_t block_size, double softmax_scale, bool) {
+                                                   const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q,
+                                                   int64_t max_seqlen_k, int64_t block_size, double softmax_scale,
+                                                   bool deterministic) {
   check_attend(q_any, k_any, v_any, route_any, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale);
   check_backward(dout_any, dlse_any, q_any, out_any, lse_any, cu_seqlens_q.has_value());
   const c10::cuda::OptionalCUDAGuard guard(q_any.device());
   check_supported(q_any, k_any);
+  const Tensor lse = lse_any.contiguous(), dlse = dlse_any.contiguous();
+  const Problem any(q_any, k_any, cu_seqlens_q, cu_seqlens_k, block_size, route_any.size(-1));
+  const bool hopper = sm90::refusal(any.shape(), softmax_scale, any.dtype()).empty();
+  if (hopper && !any.empty()) {
+    const Tensor q = any.regular_q(q_any), k = any.regular_k(k_any), v = any.regular_k(v_any);
+    const Tensor dq = at::empty_like(q), dk = at::empty_like(k), dv = at::empty_like(v);
+    backward_hopper(any, any.regular_q(dout_any), dlse, q, k, v, any.regular_q(out_any), lse, route_any.contiguous(),
+                    softmax_scale, deterministic, dq, dk, dv);
+    return {dq, dk, dv};
+  }
+
   const Tensor q = with_contiguous_rows(q_any), k = with_contiguous_rows(k_any), v = with_contiguous_rows(v_any);
   const Tensor dout = with_contiguous_rows(dout_any), out = with_contiguous_rows(out_any);
-  const Tensor lse = lse_any.contiguous(), dlse = dlse_any.contiguous(), route = route_any.contiguous();
+  const Tensor route = with_slots(route_any, q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size);
   const Problem problem(q, k, cu_seqlens_q, cu_seqlens_k, block_size, route.size(-1));
   const Shape& shape = problem.shape();
 
@@ -360,12 +282,24 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& dout_any, const
   return {dq, dk, dv};
 }
 
+// Dense layout.
+std::string hopper_refusal(const Tensor& q, const Tensor& k, const Tensor& v, int64_t block_size,
+                           double softmax_scale) {
+  check_block_size(block_size);
+  check_qk(q, k, /*packed=*/false);
+  check_shape(v, "v", k.sym_sizes(), "as k");
+  const c10::cuda::OptionalCUDAGuard guard(q.device());
+  const Problem problem(q, k, {}, {}, block_size, /*slots=*/1);
+  return sm90::refusal(problem.shape(), softmax_scale, problem.dtype());
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moba, CUDA, m) {
   m.impl("_route", &route);
   m.impl("_attend", &attend);
   m.impl("_attend_backward", &attend_backward);
+  m.impl("_hopper_refusal", &hopper_refusal);
 }
 
 }  // namespace moba

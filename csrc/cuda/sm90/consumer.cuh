@@ -23,6 +23,7 @@ struct Consumer {
   float scale;  // of the scores, for powers of 2
 
   // Products: local variables of each tile, so that what one leaves behind takes no registers.
+  using Queries = uint32_t[kHeadDim / 4];
   using Scores = float[kScores];
   using Out = float[kOut];
   using Weights = uint32_t[kScores / 2];
@@ -100,10 +101,18 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void multiply_keys(Scores& scores, uint32_t keys) {
-    uint32_t queries[kHeadDim / 4];
+  // An operand of a product is four registers in a row, of which a load of 16 bytes fills other four. A plain copy the
+  // compiler would put right behind the load, and wait there.
+  __device__ __forceinline__ void take_queries(Queries& queries) {
+    if constexpr (!kResident) transpose_queries();
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 4; ++i) queries[i] = row_words[i % 2][i / 2];
+    for (int i = 0; i < kHeadDim / 4; ++i) {
+      const uint32_t word = row_words[i % 2][i / 2];
+      queries[i] = kResident ? opaque_xor(word, schedule.zero) : word;
+    }
+  }
+
+  __device__ __forceinline__ void multiply_keys(Scores& scores, const Queries& queries, uint32_t keys) {
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; ++i) {
@@ -253,13 +262,15 @@ struct Consumer {
   __device__ __forceinline__ void run_resident(Ring<P::kTileSlots>& tiles, Work work) {
     const int keys = schedule.last_keys;
     for (;;) {
+      Queries queries;
       Scores scores;
       Out out;
       Weights weights;
       const int slot = work.item % P::kKeySlots;
       const uint32_t phase = work.item / P::kKeySlots & 1;
       mbarrier_wait(shared_address(&memory.key_full[slot]), phase);
-      multiply_keys(scores, shared_address(memory.keys[slot]));
+      take_queries(queries);
+      multiply_keys(scores, queries, shared_address(memory.keys[slot]));
       const char* rows[2] = {nullptr, nullptr};
       const Work next = read_tile(tiles, rows);
       wgmma_wait<0>();
@@ -295,12 +306,13 @@ struct Consumer {
         }
         if (next.item >= 0) load_queries(rows);
       } else {
+        Queries queries;
         Scores scores;
         Out out;
         Weights weights;
-        transpose_queries();
+        take_queries(queries);
         mbarrier_wait(shared_address(&memory.key_full[key.slot]), key.phase);
-        multiply_keys(scores, shared_address(memory.keys[key.slot]));
+        multiply_keys(scores, queries, shared_address(memory.keys[key.slot]));
         wgmma_wait<0>();
         settle(scores);
         arrive(&memory.key_empty[key.slot]);
@@ -313,7 +325,7 @@ struct Consumer {
           after.advance();
           mbarrier_wait(shared_address(&memory.key_full[after.slot]), after.phase);
           mbarrier_wait(shared_address(&memory.value_full[key.slot]), key.phase);
-          multiply_keys(scores, shared_address(memory.keys[after.slot]));
+          multiply_keys(scores, queries, shared_address(memory.keys[after.slot]));
           multiply_values(out, weights, shared_address(memory.values[key.slot]), accumulate);
           wgmma_wait<1>();
           settle(scores);

@@ -118,6 +118,7 @@ cudaError_t launch_past(const PastParams& p, Dtype dtype, cudaStream_t stream) {
         .steps = steps,
         .last_keys = static_cast<int>(shape.block_size - static_cast<int64_t>(steps - 1) * keys),
         .row_bytes = static_cast<uint32_t>(p.q.row * 2),
+        .zero = 0,
     };
     CUtensorMap map_k, map_v;
     cudaError_t made = make_map(map_k, p.k, shape, keys, dtype);

@@ -17,6 +17,7 @@ struct Schedule {
   int steps;                   // key tiles of a block
   int last_keys;               // keys of the last of them
   uint32_t row_bytes;          // of q
+  uint32_t zero;               // 0, which the compiler must not know
 };
 
 // kKeys, kResident: see Plan.

@@ -31,8 +31,8 @@ struct Plan {
   // producer gives up is all that the consumers can get, and asking for more would wait forever.
   static constexpr int kConsumers = 2;
   static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
-  static constexpr int kProducerRegisters = kResident ? 72 : 56;
-  static constexpr int kConsumerRegisters = kResident ? 216 : 224;
+  static constexpr int kProducerRegisters = 56;
+  static constexpr int kConsumerRegisters = 224;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 65536 / kThreads / 8 * 8 * (1 + kConsumers));
 
   static constexpr int kPanels = kHeadDim / 64;

@@ -102,6 +102,11 @@ __device__ __forceinline__ void load_once(uint32_t& a, uint32_t& b, uint32_t& c,
                : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
                : "l"(from));
 }
+__device__ __forceinline__ uint32_t opaque_xor(uint32_t a, uint32_t b) {
+  uint32_t value;
+  asm volatile("xor.b32 %0, %1, %2;" : "=r"(value) : "r"(a), "r"(b));
+  return value;
+}
 // 16 bytes of shared memory.
 __device__ __forceinline__ uint4 shared_load(uint32_t from) {
   uint4 value;

@@ -1,7 +1,7 @@
-// The producer warpgroup of the attend kernel: gathers queries by cp.async, loads keys and values by TMA.
+// The producer warpgroup of the past kernel. Warp 0 tells the consumers which queries to gather; warp 1 loads keys and
+// values by TMA; warps 1 to 3 permute the columns of resident keys.
 #pragma once
 
-#include "cuda/portable/unit.cuh"
 #include "cuda/sm90/plan.h"
 #include "cuda/sm90/ptx.cuh"
 #include "cuda/sm90/wgmma.cuh"
@@ -9,91 +9,75 @@
 
 namespace moba::cuda::sm90 {
 
+constexpr int kPermuters = 3;  // warps
+
 template <class T, int kHeadDim, int kKeys, bool kResident>
 struct Producer {
-  using P = Plan<kHeadDim, kKeys>;
-  // A row is copied in 16-byte parts, one a thread; a warp copies kWarpRows rows at a time, 16 of the tile in all.
-  static constexpr int kParts = kHeadDim / 8;
-  static constexpr int kWarpRows = 32 / kParts;
-  static constexpr int kRowsAtOnce = 4 * kWarpRows;
+  using P = Plan<kHeadDim, kKeys, kResident>;
+  static constexpr int kTogether = kResident ? 1 : P::kConsumers;
 
-  const AttendParams& p;
+  const PastParams& p;
   const Schedule& schedule;
   const CUtensorMap* map_k;
   const CUtensorMap* map_v;
   typename P::Memory& memory;
 
-  Ring<P::kQuerySlots> query;
-  Ring<P::kKeySlots> key;
-  int item = 0;
-  const int64_t* entries = nullptr;  // of the unit
-  int entries_end = 0;
-  int next_entry = -1;  // of the row that this lane looks up for the warp
-  const T* queries = static_cast<const T*>(p.q.data);
-
-  // Keys and values to be loaded.
-  struct Stream {
-    int local, key_begin, steps;
-  };
-  Stream pending{0, 0, 0};
-
   __device__ __forceinline__ int lane() const { return threadIdx.x % 32; }
-  __device__ __forceinline__ int warp() const { return threadIdx.x / 32; }
-  __device__ __forceinline__ int own_row() const {
-    const int i = lane() % 16;
-    return warp() * kWarpRows + i % kWarpRows + kRowsAtOnce * (i / kWarpRows);
-  }
-  __device__ __forceinline__ void fetch_entry(int first) {
-    const int index = first + own_row();
-    next_entry = index < entries_end ? static_cast<int>(__ldg(entries + index)) : -1;
-  }
 
-  __device__ __forceinline__ void enter_unit(int local, int first_entry) {
-    const UnitLists lists(p, schedule, local);
-    entries = p.lists.entries + (p.units.begin - p.lists.units.begin + local) * p.shape.entries();
-    entries_end = lists.entry(lists.blocks);
-    const int unit = static_cast<int>(p.units.begin) + local;
-    queries = static_cast<const T*>(p.q.data) + unit / schedule.heads * p.q.group + unit % schedule.heads * p.q.head;
-    fetch_entry(first_entry);
-  }
-
-  // Queries [first, first + count) of the lists, which the consumers will find with `tile`.
-  __device__ __forceinline__ void gather(int first, int count, const Tile& tile) {
-    Tile& to = memory.tiles[query.slot];
-    const uint32_t full = shared_address(&memory.query_full[query.slot]);
-    mbarrier_wait(shared_address(&memory.query_empty[query.slot]), query.phase ^ 1);
-    const int entry = own_row() < count ? next_entry : -1;
-    fetch_entry(first + count);  // lists follow each other
-    const int own = entry >= 0 ? entry / static_cast<int>(p.shape.slots) : -1;
-    if (lane() < 16) to.entry[own_row()] = entry;
-    if (threadIdx.x == 0) {
-      to.steps = tile.steps;
-      to.count = count;
-      to.local = tile.local;
-      to.keys = tile.keys;
-      to.shift = tile.shift;
-      to.masked = tile.masked;
-      to.item = tile.item;
-      to.releases = tile.releases;
-    }
-    const int part = lane() % kParts, row = warp() * kWarpRows + lane() / kParts;
-    const uint32_t slot = shared_address(memory.queries[query.slot]) + part / 8 * (kRows * kPanelRowBytes);
-#pragma unroll
-    for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
-      const int from = __shfl_sync(0xffffffffu, own, lane() / kParts + kWarpRows * i);
-      cp_async_16(slot + swizzled(row, part % 8) + i * kRowsAtOnce * kPanelRowBytes,
-                  queries + max(from, 0) * p.q.row + part * 8, from >= 0 ? 16 : 0);
+  // entries: of the tile, with at least one; the rest of `tile` comes with it.
+  __device__ __forceinline__ void push(Ring<P::kTileSlots>& ring, const uint32_t* entries, int last, const void* queries,
+                                       int64_t first, int count, int item, int releases) {
+    Tile& to = memory.tiles[ring.slot];
+    const uint32_t full = shared_address(&memory.tile_full[ring.slot]);
+    mbarrier_wait(shared_address(&memory.tile_empty[ring.slot]), ring.phase ^ 1);
+    if (item >= 0) {
+      cp_async_4(shared_address(&to.entry[lane()]), entries + min(lane(), last));
+      cp_async_4(shared_address(&to.entry[lane() + 32]), entries + min(lane() + 32, last));
     }
     cp_async_mbarrier_arrive(full);
+    if (lane() == 0) {
+      to.queries = queries;
+      to.first = first;
+      to.count = count;
+      to.item = item;
+      to.releases = releases;
+      mbarrier_arrive(full);
+    }
     __syncwarp();
-    if (lane() == 0) mbarrier_arrive(full);
-    query.advance();
+    ring.advance();
+  }
+
+  __device__ __forceinline__ void push_tiles() {
+    Ring<P::kTileSlots> ring;
+    int number = 0;
+    for_each_share<kTogether>(p, schedule, [&](int local, const UnitLists& lists, int tile, int end) {
+      const int64_t unit_first = local * capacity(p.shape);
+      const uint32_t* entries = p.lists.entries + unit_first;
+      const int unit_k = static_cast<int>(p.lists.units_k.begin) + local;
+      const T* queries = static_cast<const T*>(p.q.data) + unit_k / schedule.heads_k * p.q.group +
+                         static_cast<int64_t>(unit_k % schedule.heads_k) * schedule.group * p.q.head;
+      for_each_item(lists, tile, end, [&](const Item& item) {
+        const int rounded = (item.tiles + kTogether - 1) / kTogether * kTogether;
+#pragma unroll 1
+        for (int t = 0; t < rounded; ++t) {
+          const int first = item.first_entry + t * kRows;
+          const int count = t < item.tiles ? min(kRows, item.list_end - first) : 0;
+          int releases = t + P::kConsumers >= item.tiles;
+          if (t + 1 == item.tiles) releases += max(P::kConsumers - item.tiles, 0);
+          const int from = min(first, item.list_end - 1);
+          push(ring, entries + from, max(count - 1, 0), queries, unit_first + first, count, number, releases);
+        }
+        ++number;
+      });
+    });
+    for (int i = 0; i < P::kConsumers; ++i) push(ring, nullptr, 0, nullptr, 0, 0, -1, 0);
+    cp_async_wait_all();
   }
 
   // One thread. Rows beyond the keys of the unit arrive as zeros.
   __device__ __forceinline__ void load(const CUtensorMap* map, unsigned char* to, uint64_t* full, uint64_t* empty,
-                                       int key_begin, int head, int group) {
-    mbarrier_wait(shared_address(empty), key.phase ^ 1);
+                                       uint32_t phase, int key_begin, int head, int group) {
+    mbarrier_wait(shared_address(empty), phase ^ 1);
     mbarrier_arrive_expect_tx(shared_address(full), P::kKeyBytes);
 #pragma unroll
     for (int panel = 0; panel < P::kPanels; ++panel) {
@@ -101,75 +85,67 @@ struct Producer {
                   panel * kPanelColumns, key_begin, head, group);
     }
   }
-  __device__ __forceinline__ void load_keys_and_values(const Stream& stream) {
-    if (threadIdx.x == 0) {
-      const int unit_k = (static_cast<int>(p.units.begin) + stream.local) / schedule.heads_per_key_head;
-      const int head = unit_k % schedule.heads_k, group = unit_k / schedule.heads_k;
-      for (int step = 0; step < stream.steps; ++step) {
-        const int key_begin = stream.key_begin + step * kKeys;
-        load(map_k, memory.keys[key.slot], &memory.key_full[key.slot], &memory.key_empty[key.slot], key_begin, head,
-             group);
-        load(map_v, memory.values[key.slot], &memory.value_full[key.slot], &memory.value_empty[key.slot], key_begin,
-             head, group);
-        key.advance();
-      }
+
+  // Within each 32 columns of a key, words 4 j + g become words 4 g + j: where the scores' product, which takes columns
+  // in another order than consumers hold them, looks for them.
+  __device__ __forceinline__ void permute(uint32_t keys) const {
+    constexpr int kParts = kHeadDim / 32;
+    for (int i = threadIdx.x - 32; i < kKeys * kParts; i += 32 * kPermuters) {
+      const int row = i % kKeys, part = i / kKeys;
+      const uint32_t at = keys + part / 2 * (kKeys * kPanelRowBytes) + row * kPanelRowBytes;
+      const int first = part % 2 * 4, turn = row % 8;
+      uint32_t to[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) to[j] = at + ((first + j) ^ turn) * 16;
+      const uint4 a = shared_load(to[0]), b = shared_load(to[1]), c = shared_load(to[2]), d = shared_load(to[3]);
+      shared_store(to[0], a.x, b.x, c.x, d.x);
+      shared_store(to[1], a.y, b.y, c.y, d.y);
+      shared_store(to[2], a.z, b.z, c.z, d.z);
+      shared_store(to[3], a.w, b.w, c.w, d.w);
     }
-    __syncwarp();
   }
 
-  __device__ __forceinline__ void go_through(int local, const Item& work) {
-    if (kResident) load_keys_and_values({local, work.key_begin, 1});
-    constexpr int kTogether = kResident ? 1 : kConsumers;
-    for (int t = 0; t < work.count; t += kTogether) {
-      int first = work.list_begin + (work.first + t) * kRows;
-      const int end = min(work.list_end, first + min(work.count - t, kTogether) * kRows);
-      Tile tile;
-      tile.local = local;
-      tile.keys = work.keys;
-      tile.shift = work.shift;
-      tile.item = item;
-      // The current block of at most block_size queries, which come first in the list.
-      tile.masked = first - work.list_begin < p.shape.block_size;
-      tile.steps = 1;
-      tile.releases = t + kConsumers < work.count ? 0 : work.count == 1 ? kConsumers : 1;
-      if (!kResident) {
-        int visible = work.keys;
-        if (tile.masked) {
-          const int last = static_cast<int>(__ldg(entries + end - 1));
-          visible = min(visible, last / static_cast<int>(p.shape.slots) + work.shift);
+  __device__ __forceinline__ void load_keys_and_values() {
+    Ring<P::kKeySlots> ring;
+    const bool loads = threadIdx.x == 32;
+    const Sequences sequences(p.shape);
+    for_each_share<kTogether>(p, schedule, [&](int local, const UnitLists& lists, int tile, int end) {
+      const int unit_k = static_cast<int>(p.lists.units_k.begin) + local;
+      const int head = unit_k % schedule.heads_k, group = unit_k / schedule.heads_k;
+      for_each_item(lists, tile, end, [&](const Item& item) {
+        const int block_begin = sequences.first_key(item.block);
+        const int visits = kResident ? 1 : (item.tiles + P::kConsumers - 1) / P::kConsumers;
+        for (int visit = 0; visit < visits; ++visit) {
+          for (int step = 0; step < (kResident ? 1 : schedule.steps); ++step) {
+            if (loads) {
+              const int key_begin = block_begin + step * kKeys;
+              load(map_k, memory.keys[ring.slot], kResident ? &memory.key_loaded[ring.slot] : &memory.key_full[ring.slot],
+                   &memory.key_empty[ring.slot], ring.phase, key_begin, head, group);
+              load(map_v, memory.values[ring.slot], &memory.value_full[ring.slot], &memory.value_empty[ring.slot],
+                   ring.phase, key_begin, head, group);
+            }
+            __syncwarp();
+            if (kResident) {
+              mbarrier_wait(shared_address(&memory.key_loaded[ring.slot]), ring.phase);
+              permute(shared_address(memory.keys[ring.slot]));
+              fence_proxy_async();
+              __syncwarp();
+              if (lane() == 0) mbarrier_arrive(shared_address(&memory.key_full[ring.slot]));
+            }
+            ring.advance();
+          }
         }
-        tile.steps = (visible + kKeys - 1) / kKeys;
-      }
-#pragma unroll 1
-      for (int i = 0; i < kTogether; ++i) {
-        const int count = min(kRows, end - first);
-        gather(first, count, tile);
-        first += count;
-      }
-      if (!kResident) {
-        // One pair of tiles later: the gather of the next pair must not wait until the consumers went through the keys
-        // of this one.
-        load_keys_and_values(pending);
-        pending = {local, work.key_begin, tile.steps};
-      }
-    }
-    ++item;
+      });
+    });
   }
 
   __device__ __forceinline__ void run() {
-    for_each_share(p, schedule, [&](int local, int tile, int end) {
-      bool entered = false;
-      for_each_item(p, schedule, local, tile, end, [&](const Item& work) {
-        if (!entered) enter_unit(local, work.list_begin + work.first * kRows);
-        entered = true;
-        go_through(local, work);
-      });
-    });
-    if (!kResident) load_keys_and_values(pending);
-    entries_end = 0;
-    Tile stop{};
-    for (int i = 0; i < kConsumers; ++i) gather(0, 0, stop);
-    cp_async_wait_all();
+    const int warp = threadIdx.x / 32;
+    if (warp == 0) {
+      push_tiles();
+    } else if (kResident || warp == 1) {
+      load_keys_and_values();
+    }
   }
 };
 

@@ -40,6 +40,9 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
 __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
+__device__ __forceinline__ void cp_async_4(uint32_t to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
 // Arrives when the copies that this thread has issued are complete; the barrier's count includes it.
 __device__ __forceinline__ void cp_async_mbarrier_arrive(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
@@ -58,6 +61,25 @@ __device__ __forceinline__ void tma_load_4d(uint32_t to, const CUtensorMap* map,
 // Orders this thread's view of shared memory before what the asynchronous units do next.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// All threads of all CTAs of the cluster; what they wrote before is visible after it.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+// A word at `address` in the shared memory of a CTA of the cluster.
+__device__ __forceinline__ int32_t cluster_load(uint32_t address, int cta) {
+  int32_t value;
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %1, %2;\n"
+      "ld.shared::cluster.b32 %0, [remote];\n"
+      "}"
+      : "=r"(value)
+      : "r"(address), "r"(cta)
+      : "memory");
+  return value;
+}
+
 template <int kRegisters>
 __device__ __forceinline__ void setmaxnreg_increase() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -72,6 +94,30 @@ __device__ __forceinline__ float exp2_approximate(float x) {
   float y;
   asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// 16 bytes that other threads of the CTA hardly read again.
+__device__ __forceinline__ void load_once(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void* from) {
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
+               : "l"(from));
+}
+__device__ __forceinline__ uint32_t opaque_xor(uint32_t a, uint32_t b) {
+  uint32_t value;
+  asm volatile("xor.b32 %0, %1, %2;" : "=r"(value) : "r"(a), "r"(b));
+  return value;
+}
+// 16 bytes of shared memory.
+__device__ __forceinline__ uint4 shared_load(uint32_t from) {
+  uint4 value;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(from)
+               : "memory");
+  return value;
+}
+__device__ __forceinline__ void shared_store(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
 // Written once and read once by a later kernel: the first to leave the cache.

@@ -60,6 +60,11 @@ __device__ __forceinline__ void settle(uint32_t (&registers)[kCount]) {
 #define MOBA_INOUT_8(d, i)                                                                                    \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
+#define MOBA_OUT_8(d, i)                                                                                      \
+  "=f"(d[i]), "=f"(d[i + 1]), "=f"(d[i + 2]), "=f"(d[i + 3]), "=f"(d[i + 4]), "=f"(d[i + 5]), "=f"(d[i + 6]), \
+      "=f"(d[i + 7])
+#define MOBA_OUT_32(d, i) MOBA_OUT_8(d, i), MOBA_OUT_8(d, i + 8), MOBA_OUT_8(d, i + 16), MOBA_OUT_8(d, i + 24)
+#define MOBA_OUT_64(d, i) MOBA_OUT_32(d, i), MOBA_OUT_32(d, i + 32)
 #define MOBA_INOUT_32(d, i) MOBA_INOUT_8(d, i), MOBA_INOUT_8(d, i + 8), MOBA_INOUT_8(d, i + 16), MOBA_INOUT_8(d, i + 24)
 #define MOBA_INOUT_64(d, i) MOBA_INOUT_32(d, i), MOBA_INOUT_32(d, i + 32)
 
@@ -69,10 +74,10 @@ __device__ __forceinline__ void settle(uint32_t (&registers)[kCount]) {
                "." TYPE " {" MOBA_REGISTERS_##COUNT "}, " A ", " B ", p, 1, 1, 0, 0;\n}"                         \
                : MOBA_INOUT_##COUNT(d, 0)                                                                        \
                : "l"(a), "l"(b), "r"(accumulate))
-#define MOBA_WGMMA_REGISTERS(N, COUNT, TYPE, A0, A1, A2, A3, B, P)                                               \
+#define MOBA_WGMMA_REGISTERS(N, COUNT, TYPE, BT, D, A0, A1, A2, A3, B, P)                                             \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\nwgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE \
-               "." TYPE " {" MOBA_REGISTERS_##COUNT "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", p, 1, 1, 1;\n}" \
-               : MOBA_INOUT_##COUNT(d, 0)                                                                        \
+               "." TYPE " {" MOBA_REGISTERS_##COUNT "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", p, 1, 1, " BT ";\n}" \
+               : D##_##COUNT(d, 0)                                                                               \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
 
 // d (+)= A B: A [64, 16] and B [N, 16] in shared memory, both contiguous along the 16.
@@ -93,23 +98,30 @@ __device__ __forceinline__ void wgmma_shared(float (&d)[32], uint64_t a, uint64_
   }
 }
 
-// d (+)= A B: A [64, 16] in registers, B [16, N] in shared memory, contiguous along N.
-template <class T>
-__device__ __forceinline__ void wgmma_registers(float (&d)[64], const uint32_t* a, uint64_t b, int accumulate) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    MOBA_WGMMA_REGISTERS("128", 64, "bf16", "%64", "%65", "%66", "%67", "%68", "%69");
-  } else {
-    MOBA_WGMMA_REGISTERS("128", 64, "f16", "%64", "%65", "%66", "%67", "%68", "%69");
+// d (+)= A B: A [64, 16] in registers, B [16, N] in shared memory, contiguous along N or, for wgmma_registers_t, B
+// [N, 16] contiguous along the 16.
+#define MOBA_DEFINE_WGMMA_REGISTERS(NAME, BT, D) \
+  template <class T> \
+  __device__ __forceinline__ void NAME(float (&d)[64], const uint32_t* a, uint64_t b, int accumulate) { \
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) { \
+      MOBA_WGMMA_REGISTERS("128", 64, "bf16", BT, D, "%64", "%65", "%66", "%67", "%68", "%69"); \
+    } else { \
+      MOBA_WGMMA_REGISTERS("128", 64, "f16", BT, D, "%64", "%65", "%66", "%67", "%68", "%69"); \
+    } \
+  } \
+  template <class T> \
+  __device__ __forceinline__ void NAME(float (&d)[32], const uint32_t* a, uint64_t b, int accumulate) { \
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) { \
+      MOBA_WGMMA_REGISTERS("64", 32, "bf16", BT, D, "%32", "%33", "%34", "%35", "%36", "%37"); \
+    } else { \
+      MOBA_WGMMA_REGISTERS("64", 32, "f16", BT, D, "%32", "%33", "%34", "%35", "%36", "%37"); \
+    } \
   }
-}
-template <class T>
-__device__ __forceinline__ void wgmma_registers(float (&d)[32], const uint32_t* a, uint64_t b, int accumulate) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    MOBA_WGMMA_REGISTERS("64", 32, "bf16", "%32", "%33", "%34", "%35", "%36", "%37");
-  } else {
-    MOBA_WGMMA_REGISTERS("64", 32, "f16", "%32", "%33", "%34", "%35", "%36", "%37");
-  }
-}
+MOBA_DEFINE_WGMMA_REGISTERS(wgmma_registers, "1", MOBA_INOUT)
+MOBA_DEFINE_WGMMA_REGISTERS(wgmma_registers_first, "1", MOBA_OUT)
+MOBA_DEFINE_WGMMA_REGISTERS(wgmma_registers_t, "0", MOBA_INOUT)
+MOBA_DEFINE_WGMMA_REGISTERS(wgmma_registers_t_first, "0", MOBA_OUT)
+#undef MOBA_DEFINE_WGMMA_REGISTERS
 
 #undef MOBA_REGISTERS_32
 #undef MOBA_REGISTERS_64

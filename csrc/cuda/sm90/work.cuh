@@ -1,46 +1,54 @@
-// Which tiles of queries a CTA works on: a static share, so that no order depends on time.
+// Which tiles of queries a CTA works on: a static share, so that no order depends on time. Called by whole warps.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/sm90/attend.h"
+#include "cuda/sm90/past.h"
+#include "cuda/sm90/sequences.cuh"
 
 namespace moba::cuda::sm90 {
 
-// The tables of one unit, which is the `local`-th of the launch.
+// The tables of one key head, which is the `local`-th of the launch.
 struct UnitLists {
-  const int64_t* tile_begin;
-  const int64_t* list_begin;
+  const int32_t* tile_begin;
+  const int32_t* list_begin;
   int blocks;
 
-  __device__ __forceinline__ UnitLists(const AttendParams& p, const Schedule& schedule, int local)
+  __device__ __forceinline__ UnitLists(const PastParams& p, const Schedule& schedule, int local)
       : blocks(schedule.blocks) {
-    const int64_t offset = (p.units.begin - p.lists.units.begin + local) * (blocks + 1);
+    const int64_t offset = static_cast<int64_t>(local) * (blocks + 1);
     tile_begin = p.lists.tile_begin + offset;
     list_begin = p.lists.list_begin + offset;
   }
-  __device__ __forceinline__ int tiles() const { return static_cast<int>(__ldg(tile_begin + blocks)); }
-  __device__ __forceinline__ int tile(int block) const { return static_cast<int>(__ldg(tile_begin + block)); }
-  __device__ __forceinline__ int entry(int block) const { return static_cast<int>(__ldg(list_begin + block)); }
-  // The block whose list holds `tile`, which exists.
+  __device__ __forceinline__ int tiles() const { return __ldg(tile_begin + blocks); }
+  __device__ __forceinline__ int tile(int block) const { return __ldg(tile_begin + block); }
+  __device__ __forceinline__ int entry(int block) const { return __ldg(list_begin + block); }
+
+  // The block whose list holds `tile`, which exists. The warp looks at 32 blocks at a time.
   __device__ __forceinline__ int block_of(int tile) const {
-    int low = 0, high = blocks - 1;
-    while (low < high) {
-      const int middle = (low + high + 1) / 2;
-      if (this->tile(middle) <= tile) {
-        low = middle;
-      } else {
-        high = middle - 1;
-      }
+    int low = 0, high = blocks;  // the tables' entries at low <= tile < those at high
+    while (high - low > 1) {
+      const int step = (high - low + 31) / 32, probe = low + step * (static_cast<int>(threadIdx.x % 32) + 1);
+      const bool before = probe < high && this->tile(probe) <= tile;
+      low += step * __popc(__ballot_sync(0xffffffffu, before));
+      high = min(high, low + step);
     }
     return low;
   }
+
+  // Where a share may begin: streamed blocks are cut at multiples of kTogether tiles only.
+  template <int kTogether>
+  __device__ __forceinline__ int cut(int tile) const {
+    if (kTogether == 1 || tile <= 0 || tile >= tiles()) return tile;
+    const int block = block_of(tile), begin = this->tile(block);
+    return min(begin + (tile - begin + kTogether - 1) / kTogether * kTogether, this->tile(block + 1));
+  }
 };
 
-// Calls f(local unit, first tile, end tile) for this CTA's share.
-template <class F>
-__device__ __forceinline__ void for_each_share(const AttendParams& p, const Schedule& schedule, F f) {
-  const int units = static_cast<int>(p.units.count), shares = static_cast<int>(gridDim.x);
+// Calls f(local unit, lists, first tile, end tile) for this CTA's share.
+template <int kTogether, class F>
+__device__ __forceinline__ void for_each_share(const PastParams& p, const Schedule& schedule, F f) {
+  const int units = static_cast<int>(p.lists.units_k.count), shares = static_cast<int>(gridDim.x);
   int share = blockIdx.x;
   for (int first = 0; first < units; first += schedule.pass_units) {
     const int end = min(first + schedule.pass_units, units);
@@ -49,8 +57,12 @@ __device__ __forceinline__ void for_each_share(const AttendParams& p, const Sche
     const int each = total / shares, more = total % shares;
     int from = share * each + min(share, more), to = from + each + (share < more);
     for (int local = first; local < end && to > 0; ++local) {
-      const int tiles = UnitLists(p, schedule, local).tiles();
-      if (from < tiles) f(local, max(from, 0), min(to, tiles));
+      const UnitLists lists(p, schedule, local);
+      const int tiles = lists.tiles();
+      if (from < tiles && from < to) {
+        const int begin = lists.cut<kTogether>(max(from, 0)), after = lists.cut<kTogether>(min(to, tiles));
+        if (begin < after) f(local, lists, begin, after);
+      }
       from -= tiles;
       to -= tiles;
     }
@@ -60,58 +72,21 @@ __device__ __forceinline__ void for_each_share(const AttendParams& p, const Sche
 
 // The tiles of one block within a share.
 struct Item {
-  int key_begin, keys;  // keys of the unit
-  int shift;            // see Tile::shift
-  int list_begin;       // the list's entries in the unit
-  int list_end;
-  int first, count;  // tiles, numbered in the list
+  int block;
+  int first_entry, list_end;  // in the entries of the key head
+  int tiles;
 };
 
-// What block_at says, in 32 bits.
-__device__ __forceinline__ void place_block(Item& item, const Shape& shape, int number) {
-  const int block_size = static_cast<int>(shape.block_size), keys = static_cast<int>(shape.keys);
-  if (shape.cu_seqlens_q == nullptr) {
-    const int position = number * block_size;
-    item.key_begin = position;
-    item.keys = min(block_size, keys - position);
-    item.shift = keys - static_cast<int>(shape.rows) + 1 - position;
-    return;
-  }
-  const auto key = [&](int i) { return min(max(__ldg(shape.cu_seqlens_k + i), 0), keys); };
-  const auto row = [&](int i) { return min(max(__ldg(shape.cu_seqlens_q + i), 0), static_cast<int>(shape.rows)); };
-  int low = 0, high = static_cast<int>(shape.sequences) - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (key(middle) / block_size + middle <= number) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  const int begin = key(low), end = key(low + 1), position = (number - begin / block_size - low) * block_size;
-  item.key_begin = begin + position;
-  item.keys = min(block_size, end - begin - position);
-  item.shift = end - begin - row(low + 1) + 1 - position;
-}
-
-// Calls f(item) for each block that has tiles in [tile, end) of a unit.
+// Calls f(item) for each block that has tiles in [tile, end) of a key head.
 template <class F>
-__device__ __forceinline__ void for_each_item(const AttendParams& p, const Schedule& schedule, int local, int tile,
-                                              int end, F f) {
-  int number = -1;
+__device__ __forceinline__ void for_each_item(const UnitLists& lists, int tile, int end, F f) {
+  int block = -1;
   while (tile < end) {
-    const UnitLists lists(p, schedule, local);
     // Mostly the next one; after lists without entries it is searched for.
-    ++number;
-    if (number == 0 || lists.tile(number + 1) <= tile) number = lists.block_of(tile);
-    const int begin = lists.tile(number), after = min(lists.tile(number + 1), end);
-    Item item;
-    place_block(item, p.shape, number);
-    item.list_begin = lists.entry(number);
-    item.list_end = lists.entry(number + 1);
-    item.first = tile - begin;
-    item.count = after - tile;
-    f(item);
+    ++block;
+    if (block == 0 || lists.tile(block + 1) <= tile) block = lists.block_of(tile);
+    const int after = min(lists.tile(block + 1), end);
+    f(Item{block, lists.entry(block) + (tile - lists.tile(block)) * kRows, lists.entry(block + 1), after - tile});
     tile = after;
   }
 }

@@ -1,12 +1,11 @@
-// Which Hopper kernel takes a call, and the tensor maps and schedule it needs.
+// Which past kernel takes a call, and the tensor maps and schedule it needs.
 #include <cudaTypedefs.h>
 
 #include <algorithm>
 
-#include "cuda/portable/list_tile.cuh"
-#include "cuda/sm90/attend.h"
+#include "cuda/portable/numeric.cuh"
 #include "cuda/sm90/launch.h"
-#include "cuda/sm90/plan.h"
+#include "cuda/sm90/past.h"
 
 namespace moba::cuda::sm90 {
 
@@ -65,9 +64,9 @@ auto with_kernel(const Shape& shape, Dtype dtype, F f) {
   const auto by_block = [&](auto type, auto head_dim) {
     using T = typename decltype(type)::type;
     constexpr int kHeadDim = decltype(head_dim)::value;
-    if (shape.block_size <= 64) return f(Attend<T, kHeadDim, 64, true>{}, 64);
-    if (shape.block_size <= 128) return f(Attend<T, kHeadDim, 128, true>{}, 128);
-    return f(Attend<T, kHeadDim, 128, false>{}, 128);
+    if (shape.block_size <= 64) return f(Past<T, kHeadDim, 64, true>{}, 64);
+    if (shape.block_size <= 128) return f(Past<T, kHeadDim, 128, true>{}, 128);
+    return f(Past<T, kHeadDim, 128, false>{}, 128);
   };
   const auto by_head_dim = [&](auto type) {
     return shape.head_dim == 64 ? by_block(type, std::integral_constant<int, 64>{})
@@ -82,7 +81,10 @@ bool accepts(const Shape& shape, const Source& q, const Source& k, const Source&
   if (dtype != Dtype::kBFloat16 && dtype != Dtype::kHalf) return false;
   if (shape.head_dim != 64 && shape.head_dim != 128) return false;
   if (shape.block_size % 16 != 0 || !(softmax_scale > 0)) return false;
-  if (shape.entries() > INT32_MAX - kRows || shape.block_size > INT32_MAX || shape.units() > INT32_MAX) return false;
+  if (shape.rows > kMaxRows || shape.heads_per_key_head() > kMaxGroup || capacity(shape) > INT32_MAX - kListTile) {
+    return false;
+  }
+  if (shape.keys > INT32_MAX - shape.block_size || shape.units() > INT32_MAX || q.row > INT32_MAX) return false;
   if (!regular(q, shape.groups, shape.heads, shape.rows) || !regular(k, shape.groups, shape.heads_k, shape.keys) ||
       !regular(v, shape.groups, shape.heads_k, shape.keys)) {
     return false;
@@ -95,30 +97,35 @@ bool accepts(const Shape& shape, const Source& q, const Source& k, const Source&
     return false;
   }
   return major == 9 && minor == 0 &&
-         with_kernel(shape, dtype, [](auto attend, int) { return decltype(attend)::built(); });
+         with_kernel(shape, dtype, [](auto past, int) { return decltype(past)::built(); });
 }
 
-cudaError_t launch_attend(const AttendParams& p, Dtype dtype, cudaStream_t stream) {
+cudaError_t launch_past(const PastParams& p, Dtype dtype, cudaStream_t stream) {
   const Shape& shape = p.shape;
   int device = 0, processors = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return status;
-  const int64_t unit_bytes = (shape.rows + 2 * shape.keys / shape.heads_per_key_head()) * shape.head_dim * 2;
+  const int64_t unit_bytes = (shape.rows * shape.heads_per_key_head() + 2 * shape.keys) * shape.head_dim * 2;
   const int64_t pass_units = std::min<int64_t>(std::max<int64_t>(1, kPassBytes / unit_bytes), kMaxPassUnits);
-  const Schedule schedule{
-      .pass_units = static_cast<int>(std::min(pass_units, p.units.count)),
-      .blocks = static_cast<int>(shape.blocks()),
-      .heads = static_cast<int>(shape.heads),
-      .heads_k = static_cast<int>(shape.heads_k),
-      .heads_per_key_head = static_cast<int>(shape.heads_per_key_head()),
-  };
-  const unsigned grid = static_cast<unsigned>(std::min<int64_t>(processors, p.units.count * max_tiles(shape)));
-  return with_kernel(shape, dtype, [&](auto attend, int keys) {
+  return with_kernel(shape, dtype, [&](auto past, int keys) {
+    const int steps = static_cast<int>((shape.block_size + keys - 1) / keys);
+    const Schedule schedule{
+        .pass_units = static_cast<int>(std::min(pass_units, p.lists.units_k.count)),
+        .blocks = static_cast<int>(shape.blocks()),
+        .heads_k = static_cast<int>(shape.heads_k),
+        .group = static_cast<int>(shape.heads_per_key_head()),
+        .steps = steps,
+        .last_keys = static_cast<int>(shape.block_size - static_cast<int64_t>(steps - 1) * keys),
+        .row_bytes = static_cast<uint32_t>(p.q.row * 2),
+        .zero = 0,
+    };
     CUtensorMap map_k, map_v;
     cudaError_t made = make_map(map_k, p.k, shape, keys, dtype);
     if (made == cudaSuccess) made = make_map(map_v, p.v, shape, keys, dtype);
-    return made != cudaSuccess ? made : decltype(attend)::launch(p, map_k, map_v, schedule, grid, stream);
+    return made != cudaSuccess
+               ? made
+               : decltype(past)::launch(p, map_k, map_v, schedule, static_cast<unsigned>(processors), stream);
   });
 }
 

@@ -1,9 +1,0 @@
-#include "cuda/sm90/attend.cuh"
-
-namespace moba::cuda::sm90 {
-
-template struct Attend<__half, 64, 64, true>;
-template struct Attend<__half, 64, 128, true>;
-template struct Attend<__half, 64, 128, false>;
-
-}  // namespace moba::cuda::sm90

@@ -1,0 +1,429 @@
+// Routing lists of past blocks by a counting sort in three launches: count, scan, place. A row chooses a block at most
+// once, so that the rows of a part that chose a block are a bit mask, and the place of a row in the list is a count of
+// lower bits: the order never depends on time.
+#include "cuda/sm90/launch.h"
+#include "cuda/sm90/sequences.cuh"
+#include "cuda/sm90/ptx.cuh"
+
+namespace moba::cuda::sm90 {
+namespace {
+
+constexpr int kThreads = 256;  // one row each
+constexpr int kWords = kThreads / 32;
+constexpr int kWindow = 1024;  // blocks whose masks are in shared memory at a time
+constexpr int kScanCtas = 8;   // of a key head: a cluster
+constexpr int kScanThreads = 1024;
+constexpr unsigned kAll = 0xffffffffu;
+
+// Arguments in 32 bits.
+struct Sort {
+  int chunks, chunks_per_head, chunk_rows, window;
+};
+
+// Shared memory of the count and place kernels, for `window` blocks.
+struct Window {
+  uint32_t* masks;   // [kWords, window]: of the rows of this part, those that chose the block
+  uint32_t* before;  // [kWords / 4, window]: bytes, rows in earlier words
+  int32_t* start;    // [window]: index of the first row of this part
+  int32_t* next;     // [window]: index of the first row of the next part
+  int size;
+
+  static constexpr int kBytes = 4 * (kWords + kWords / 4 + 2);  // of a block
+
+  __device__ __forceinline__ Window(uint32_t* memory, int window)
+      : masks(memory),
+        before(masks + kWords * window),
+        start(reinterpret_cast<int32_t*>(before + kWords / 4 * window)),
+        next(start + window),
+        size(window) {}
+};
+
+// The part of a head's rows that a CTA sorts.
+struct Chunk {
+  const int32_t* route;  // of the head
+  int32_t* positions;    // of the head
+  uint32_t* entries;     // of the key head
+  int32_t* counts;       // of the chunk
+  const int32_t* list_begin;
+  int row_begin, row_end;
+  int first_block, end_block;  // what its rows can choose
+  uint32_t head;               // in the group
+
+  __device__ Chunk(const PastListsParams& p, const Sort& sort, const Sequences& sequences) {
+    const int local = blockIdx.x / sort.chunks, number = blockIdx.x % sort.chunks;
+    const int heads_k = static_cast<int>(p.shape.heads_k), unit_k = static_cast<int>(p.lists.units_k.begin) + local;
+    const int group = static_cast<int>(p.shape.heads_per_key_head());
+    const int rows = static_cast<int>(p.shape.rows), blocks = static_cast<int>(p.shape.blocks());
+    head = number / sort.chunks_per_head;
+    route = static_cast<const int32_t*>(p.route.data) + unit_k / heads_k * p.route.group +
+            (unit_k % heads_k * group + static_cast<int>(head)) * p.route.head;
+    positions = p.lists.positions + (static_cast<int64_t>(local) * group + head) * p.shape.entries();
+    entries = p.lists.entries + local * capacity(p.shape);
+    counts = p.lists.counts + static_cast<int64_t>(blockIdx.x) * blocks;
+    list_begin = p.lists.list_begin + static_cast<int64_t>(local) * (blocks + 1);
+    const int64_t begin = static_cast<int64_t>(number % sort.chunks_per_head) * sort.chunk_rows;
+    row_begin = static_cast<int>(min(begin, static_cast<int64_t>(rows)));
+    row_end = static_cast<int>(min(begin + sort.chunk_rows, static_cast<int64_t>(rows)));
+    first_block = end_block = 0;
+    if (row_begin < row_end) {
+      first_block = sequences.past_of(row_begin).first;
+      const PastBlocks last = sequences.past_of(row_end - 1);
+      end_block = min(last.first + last.count, blocks);
+    }
+  }
+};
+
+// The slots of one row; kSlots > 0: at most so many, kept in registers.
+template <int kSlots>
+struct Slots {
+  int32_t value[kSlots];
+
+  __device__ __forceinline__ void load(const int32_t* from, int slots, bool exists, bool vectors) {
+    if (vectors) {
+#pragma unroll
+      for (int i = 0; i < kSlots; i += 4) {
+        int4 four = make_int4(-1, -1, -1, -1);
+        if (exists && i < slots) four = __ldg(reinterpret_cast<const int4*>(from + i));
+        value[i] = four.x;
+        value[i + 1] = four.y;
+        value[i + 2] = four.z;
+        value[i + 3] = four.w;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i) value[i] = exists && i < slots ? __ldg(from + i) : -1;
+    }
+  }
+  __device__ __forceinline__ void store(int32_t* to, int slots, bool vectors) const {
+    if (vectors) {
+#pragma unroll
+      for (int i = 0; i < kSlots; i += 4) {
+        if (i < slots) *reinterpret_cast<int4*>(to + i) = make_int4(value[i], value[i + 1], value[i + 2], value[i + 3]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i) {
+        if (i < slots) to[i] = value[i];
+      }
+    }
+  }
+};
+template <>
+struct Slots<0> {};
+
+// Marks this thread's row in the masks of the blocks it chose. A slot that repeats an earlier one finds its bit set.
+__device__ __forceinline__ bool mark(const Window& window, int block) {
+  const uint32_t bit = 1u << threadIdx.x % 32;
+  return !(atomicOr(&window.masks[threadIdx.x / 32 * window.size + block], bit) & bit);
+}
+
+// The index of this thread's row in the entries.
+__device__ __forceinline__ int32_t place_of(const Window& window, int block) {
+  const int word = threadIdx.x / 32;
+  const uint32_t before = window.before[word / 4 * window.size + block] >> word % 4 * 8 & 0xff;
+  const uint32_t lower = window.masks[word * window.size + block] & ((1u << threadIdx.x % 32) - 1);
+  return window.start[block] + static_cast<int32_t>(before) + __popc(lower);
+}
+
+__device__ __forceinline__ void clear_masks(const Window& window, int used) {
+  for (int i = threadIdx.x; i < used; i += kThreads) {
+#pragma unroll
+    for (int word = 0; word < kWords; ++word) window.masks[word * window.size + i] = 0;
+  }
+}
+
+// kSlots: see Slots; 0: any number, looked up twice.
+template <int kSlots, bool kPlace>
+__global__ void __launch_bounds__(kThreads) sort_kernel(const __grid_constant__ PastListsParams p, const Sort sort) {
+  extern __shared__ uint32_t memory[];
+  const Window window(memory, sort.window);
+  const Sequences sequences(p.shape);
+  const Chunk chunk(p, sort, sequences);
+  const int slots = static_cast<int>(p.shape.slots), blocks = static_cast<int>(p.shape.blocks());
+  const bool vectors = slots % 4 == 0 && p.route.row % 4 == 0 && reinterpret_cast<uintptr_t>(chunk.route) % 16 == 0;
+  if (!kPlace) {
+    for (int i = threadIdx.x; i < blocks; i += kThreads) {
+      if (i < chunk.first_block || i >= chunk.end_block) chunk.counts[i] = 0;
+    }
+  }
+  bool first_window = true;
+  for (int begin = chunk.first_block; first_window || begin < chunk.end_block; begin += window.size) {
+    const int used = max(0, min(window.size, chunk.end_block - begin));
+    for (int i = threadIdx.x; i < used; i += kThreads) {
+      window.next[i] = kPlace ? chunk.list_begin[begin + i] + chunk.counts[begin + i] : 0;
+    }
+    clear_masks(window, used);
+    for (int row_begin = chunk.row_begin; row_begin < chunk.row_end; row_begin += kThreads) {
+      const int row = row_begin + threadIdx.x;
+      const bool exists = row < chunk.row_end;
+      const PastBlocks past = exists ? sequences.past_of(row) : PastBlocks{0, 0};
+      const int32_t* route = chunk.route + row * p.route.row;
+      int32_t* positions = chunk.positions + static_cast<int64_t>(row) * slots;
+      // A block of this window, or less than 0.
+      const auto in_window = [&](int32_t block) {
+        const int at = past.first + block - begin;
+        return block >= 0 && block < past.count && at >= 0 && at < used ? at : -1;
+      };
+      Slots<kSlots> own;
+      uint32_t marked = 0;
+      bool current = false;
+      if constexpr (kSlots > 0) own.load(route, slots, exists, vectors);
+      __syncthreads();  // masks are clear
+      if constexpr (kSlots > 0) {
+#pragma unroll
+        for (int i = 0; i < kSlots; ++i) {
+          const int at = in_window(own.value[i]);
+          if (at >= 0 && mark(window, at)) marked |= 1u << i;
+        }
+      } else {
+        for (int i = 0; exists && i < slots; ++i) {
+          const int32_t block = __ldg(route + i);
+          const int at = in_window(block);
+          int32_t result = kUnused;
+          if (at >= 0) {
+            if (mark(window, at)) result = 0;
+          } else if (block == past.count && past.exists && !current) {
+            current = true;
+            result = kCurrent;
+          }
+          if (kPlace && (at >= 0 || first_window)) positions[i] = result;
+        }
+      }
+      __syncthreads();
+      for (int i = threadIdx.x; i < used; i += kThreads) {
+        uint32_t total = 0, before[kWords / 4] = {};
+#pragma unroll
+        for (int word = 0; word < kWords; ++word) {
+          before[word / 4] |= total << word % 4 * 8;
+          total += __popc(window.masks[word * window.size + i]);
+          if (!kPlace) window.masks[word * window.size + i] = 0;
+        }
+        const int32_t start = window.next[i];
+        window.next[i] = start + static_cast<int32_t>(total);
+        if (kPlace) {
+          window.start[i] = start;
+#pragma unroll
+          for (int word = 0; word < kWords / 4; ++word) window.before[word * window.size + i] = before[word];
+        }
+      }
+      if (!kPlace) continue;
+      __syncthreads();
+      const uint32_t entry = chunk.head << kRowBits | static_cast<uint32_t>(row);
+      if constexpr (kSlots > 0) {
+        uint32_t others = 0;
+#pragma unroll
+        for (int i = 0; i < kSlots; ++i) {
+          const int32_t block = own.value[i];
+          const int at = in_window(block);
+          int32_t result = kUnused;
+          if (marked >> i & 1) {
+            result = place_of(window, at);
+            chunk.entries[result] = entry;
+          } else if (at < 0) {
+            others |= 1u << i;
+            if (block == past.count && past.exists && !current) {
+              current = true;
+              result = kCurrent;
+            }
+          }
+          own.value[i] = result;
+        }
+        if (first_window) {
+          if (exists) own.store(positions, slots, vectors);
+        } else {
+#pragma unroll
+          for (int i = 0; i < kSlots; ++i) {
+            if (!(others >> i & 1) && i < slots) positions[i] = own.value[i];
+          }
+        }
+      } else {
+        for (int i = 0; exists && i < slots; ++i) {
+          const int at = in_window(__ldg(route + i));
+          if (at >= 0 && positions[i] == 0) {
+            const int32_t result = place_of(window, at);
+            positions[i] = result;
+            chunk.entries[result] = entry;
+          }
+        }
+      }
+      __syncthreads();
+      clear_masks(window, used);
+    }
+    __syncthreads();
+    if (!kPlace) {
+      for (int i = threadIdx.x; i < used; i += kThreads) chunk.counts[begin + i] = window.next[i];
+    }
+    __syncthreads();
+    first_window = false;
+  }
+}
+
+struct Sums {
+  int32_t entries, tiles;
+};
+__device__ __forceinline__ Sums operator+(const Sums& a, const Sums& b) {
+  return {a.entries + b.entries, a.tiles + b.tiles};
+}
+__device__ __forceinline__ Sums shift_up(const Sums& sums, int offset) {
+  const Sums lower{__shfl_up_sync(kAll, sums.entries, offset), __shfl_up_sync(kAll, sums.tiles, offset)};
+  return static_cast<int>(threadIdx.x % 32) >= offset ? lower : Sums{0, 0};
+}
+__device__ __forceinline__ Sums scan_warp(Sums sums) {
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) sums = sums + shift_up(sums, offset);
+  return sums;
+}
+__device__ __forceinline__ Sums of_list(int32_t length) { return {length, (length + int(kListTile) - 1) / int(kListTile)}; }
+
+// The sum over this thread and those before it; `total` over all. kScanThreads = 32 warps.
+__device__ __forceinline__ Sums scan_cta(Sums sums, Sums (&warps)[33], Sums& total) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  sums = scan_warp(sums);
+  if (lane == 31) warps[warp] = sums;
+  __syncthreads();
+  if (warp == 0) {
+    const Sums own = warps[lane], all = scan_warp(own);
+    warps[lane] = {all.entries - own.entries, all.tiles - own.tiles};
+    if (lane == 31) warps[32] = all;
+  }
+  __syncthreads();
+  sums = sums + warps[warp];
+  total = warps[32];
+  __syncthreads();
+  return sums;
+}
+
+// A cluster per key head, each of its CTAs with a range of blocks. Per block, counts become the number of entries in
+// earlier chunks; then the lengths of the lists become where they begin, in entries and in tiles.
+__global__ void __launch_bounds__(kScanThreads) scan_kernel(const __grid_constant__ PastListsParams p, int chunks) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  constexpr int kAtOnce = 8;  // loads under way
+  __shared__ int32_t groups[32][33];
+  __shared__ Sums warps[33];
+  __shared__ Sums range_sums;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int rank = blockIdx.x % kScanCtas, local = blockIdx.x / kScanCtas;
+  const int blocks = static_cast<int>(p.shape.blocks());
+  const int range = (blocks + 32 * kScanCtas - 1) / (32 * kScanCtas) * 32;
+  const int begin = min(rank * range, blocks), end = min(begin + range, blocks);
+  int32_t* counts = p.lists.counts + static_cast<int64_t>(local) * chunks * blocks;
+  int32_t* list_begin = p.lists.list_begin + static_cast<int64_t>(local) * (blocks + 1);
+  int32_t* tile_begin = p.lists.tile_begin + static_cast<int64_t>(local) * (blocks + 1);
+
+  const int group = (chunks + 31) / 32;
+  const int chunk_begin = min(warp * group, chunks), chunk_end = min(chunk_begin + group, chunks);
+  for (int block0 = begin; block0 < end; block0 += 32) {
+    int32_t* column = counts + block0 + lane;
+    const bool exists = block0 + lane < end;
+    int32_t count[kAtOnce], sum = 0;
+    const auto load = [&](int chunk) {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        count[i] = exists && chunk + i < chunk_end ? column[static_cast<int64_t>(chunk + i) * blocks] : 0;
+      }
+    };
+    for (int chunk = chunk_begin; chunk < chunk_end; chunk += kAtOnce) {
+      load(chunk);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) sum += count[i];
+    }
+    groups[warp][lane] = sum;
+    __syncthreads();
+    const int32_t own = groups[lane][warp];
+    int32_t all = own;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const int32_t lower = __shfl_up_sync(kAll, all, offset);
+      if (lane >= offset) all += lower;
+    }
+    groups[lane][warp] = all - own;
+    if (lane == 31 && block0 + warp < end) list_begin[block0 + warp] = all;
+    __syncthreads();
+    int32_t before = groups[warp][lane];
+    for (int chunk = chunk_begin; chunk < chunk_end; chunk += kAtOnce) {
+      if (group > kAtOnce) load(chunk);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (exists && chunk + i < chunk_end) column[static_cast<int64_t>(chunk + i) * blocks] = before;
+        before += count[i];
+      }
+    }
+    __syncthreads();
+  }
+
+  Sums before{0, 0}, total{0, 0};
+  for (int block = begin + threadIdx.x; block < end; block += kScanThreads) before = before + of_list(list_begin[block]);
+  scan_cta(before, warps, total);
+  if (threadIdx.x == 0) range_sums = total;
+  cluster_sync();
+  before = {0, 0};
+  for (int i = 0; i < rank; ++i) {
+    before.entries += cluster_load(shared_address(&range_sums.entries), i);
+    before.tiles += cluster_load(shared_address(&range_sums.tiles), i);
+  }
+  cluster_sync();  // the others' memory stays until all have read it
+  for (int block0 = begin; block0 < end; block0 += kScanThreads) {
+    const int block = block0 + threadIdx.x;
+    const Sums own = of_list(block < end ? list_begin[block] : 0);
+    const Sums all = before + scan_cta(own, warps, total);
+    if (block < end) {
+      list_begin[block] = all.entries - own.entries;
+      tile_begin[block] = all.tiles - own.tiles;
+    }
+    before = before + total;
+  }
+  if (rank == kScanCtas - 1 && threadIdx.x == 0) {
+    list_begin[blocks] = before.entries;
+    tile_begin[blocks] = before.tiles;
+  }
+#endif
+}
+
+int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <bool kPlace>
+cudaError_t launch_sort(const PastListsParams& p, const Sort& sort, cudaStream_t stream) {
+  const int64_t slots = p.shape.slots;
+  const auto kernel = slots <= 4    ? sort_kernel<4, kPlace>
+                      : slots <= 8  ? sort_kernel<8, kPlace>
+                      : slots <= 16 ? sort_kernel<16, kPlace>
+                                    : sort_kernel<0, kPlace>;
+  const int64_t grid = p.lists.units_k.count * sort.chunks;
+  if (grid > INT32_MAX) return cudaErrorInvalidValue;
+  kernel<<<static_cast<unsigned>(grid), kThreads, sort.window * Window::kBytes, stream>>>(p, sort);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+// Parts of 256 rows, as many to a chunk as there are hundreds of blocks, so that the counts take less than the entries.
+int64_t list_chunks(const Shape& shape) {
+  const int64_t parts = ceil_divide(shape.rows, kThreads);
+  return ceil_divide(parts, std::min<int64_t>(ceil_divide(shape.blocks(), kThreads), 64)) * shape.heads_per_key_head();
+}
+
+cudaError_t launch_past_lists(const PastListsParams& p, cudaStream_t stream) {
+  const int64_t per_head = p.lists.chunks / p.shape.heads_per_key_head();
+  const Sort sort{
+      .chunks = static_cast<int>(p.lists.chunks),
+      .chunks_per_head = static_cast<int>(per_head),
+      .chunk_rows = static_cast<int>(ceil_divide(ceil_divide(p.shape.rows, kThreads), per_head) * kThreads),
+      .window = static_cast<int>(std::min<int64_t>(ceil_divide(p.shape.blocks(), 32) * 32, kWindow)),
+  };
+  cudaError_t status = launch_sort<false>(p, sort, stream);
+  if (status != cudaSuccess) return status;
+
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {kScanCtas, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(p.lists.units_k.count * kScanCtas));
+  config.blockDim = dim3(kScanThreads);
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  status = cudaLaunchKernelEx(&config, scan_kernel, p, sort.chunks);
+  return status == cudaSuccess ? launch_sort<true>(p, sort, stream) : status;
+}
+
+}  // namespace moba::cuda::sm90

@@ -1,0 +1,70 @@
+// Attention of gathered queries to the past blocks they chose, on Hopper: a producer warpgroup loads keys and values
+// (TMA) and says which queries come next; each consumer warpgroup gathers a tile of 64 queries into registers and
+// multiplies it, with an online softmax over the key tiles of larger blocks. Writes one partial output and lse per list
+// entry, in list order. Every key of a past block is visible to every query of its list.
+#pragma once
+
+#include "cuda/sm90/consumer.cuh"
+#include "cuda/sm90/producer.cuh"
+
+namespace moba::cuda::sm90 {
+
+template <class T, int kHeadDim, int kKeys, bool kResident>
+__global__ void __launch_bounds__(Plan<kHeadDim, kKeys, kResident>::kThreads, 1)
+    past_kernel(const __grid_constant__ PastParams p, const __grid_constant__ CUtensorMap map_k,
+                const __grid_constant__ CUtensorMap map_v, const __grid_constant__ Schedule schedule) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using P = Plan<kHeadDim, kKeys, kResident>;
+  extern __shared__ __align__(1024) unsigned char dynamic_memory[];
+  auto& memory = *reinterpret_cast<typename P::Memory*>(dynamic_memory);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < P::kTileSlots; ++i) {
+      mbarrier_init(shared_address(&memory.tile_full[i]), 32 + 1);
+      mbarrier_init(shared_address(&memory.tile_empty[i]), 4);
+    }
+    for (int i = 0; i < P::kKeySlots; ++i) {
+      mbarrier_init(shared_address(&memory.key_loaded[i]), 1);
+      mbarrier_init(shared_address(&memory.key_full[i]), kResident ? kPermuters : 1);
+      mbarrier_init(shared_address(&memory.key_empty[i]), 4 * P::kConsumers);
+      mbarrier_init(shared_address(&memory.value_full[i]), 1);
+      mbarrier_init(shared_address(&memory.value_empty[i]), 4 * P::kConsumers);
+    }
+    fence_proxy_async();
+  }
+  __syncthreads();
+  if (threadIdx.x < kWarpgroup) {
+    setmaxnreg_decrease<P::kProducerRegisters>();
+    Producer<T, kHeadDim, kKeys, kResident> producer{p, schedule, &map_k, &map_v, memory};
+    producer.run();
+  } else {
+    setmaxnreg_increase<P::kConsumerRegisters>();
+    Consumer<T, kHeadDim, kKeys, kResident> consumer{p, schedule, memory, static_cast<float>(p.softmax_scale) * kLog2e};
+    consumer.run();
+  }
+#endif
+}
+
+template <class T, int kHeadDim, int kKeys, bool kResident>
+bool Past<T, kHeadDim, kKeys, kResident>::built() {
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, past_kernel<T, kHeadDim, kKeys, kResident>) != cudaSuccess) {
+    cudaGetLastError();  // not an error of the caller's
+    return false;
+  }
+  return attributes.numRegs > 64;  // elsewhere the kernel is empty
+}
+
+template <class T, int kHeadDim, int kKeys, bool kResident>
+cudaError_t Past<T, kHeadDim, kKeys, kResident>::launch(const PastParams& p, const CUtensorMap& map_k,
+                                                        const CUtensorMap& map_v, const Schedule& schedule,
+                                                        unsigned grid, cudaStream_t stream) {
+  using P = Plan<kHeadDim, kKeys, kResident>;
+  constexpr int kBytes = sizeof(typename P::Memory);
+  const auto kernel = past_kernel<T, kHeadDim, kKeys, kResident>;
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (status != cudaSuccess) return status;
+  kernel<<<grid, P::kThreads, kBytes, stream>>>(p, map_k, map_v, schedule);
+  return cudaGetLastError();
+}
+
+}  // namespace moba::cuda::sm90

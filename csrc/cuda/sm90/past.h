@@ -1,0 +1,32 @@
+// The past kernels as the host sees them: each pair of dtype and head_dim is compiled in a file of its own.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include "cuda/sm90/params.h"
+
+namespace moba::cuda::sm90 {
+
+// Key heads are taken `pass_units` at a time by all CTAs together, so that what they share stays in the L2 cache. The
+// tiles of a pass are cut into equal shares of consecutive tiles; which CTA has which share turns from pass to pass.
+// A pass has fewer than 2^31 tiles.
+struct Schedule {
+  int pass_units;
+  int blocks, heads_k, group;  // of the shape, in 32 bits: registers are few in the kernel
+  int steps;                   // key tiles of a block
+  int last_keys;               // keys of the last of them
+  uint32_t row_bytes;          // of q
+  uint32_t zero;               // 0, which the compiler must not know
+};
+
+// kKeys, kResident: see Plan.
+template <class T, int kHeadDim, int kKeys, bool kResident>
+struct Past {
+  // Whether this build has the code, which exists for sm_90a only.
+  static bool built();
+  static cudaError_t launch(const PastParams& p, const CUtensorMap& map_k, const CUtensorMap& map_v,
+                            const Schedule& schedule, unsigned grid, cudaStream_t stream);
+};
+
+}  // namespace moba::cuda::sm90

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   const int warpgroup = threadIdx.x / kWarpgroup;
   if (warpgroup == 0) {
-    setmaxnreg_decrease<kProducerRegisters>();
+    setmaxnreg_decrease<P::kProducerRegisters>();
     const int warp = threadIdx.x / 32;
     if (warp == 0) {
       if (threadIdx.x == 0) {
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
   } else {
-    setmaxnreg_increase<kConsumerRegisters>();
+    setmaxnreg_increase<P::kConsumerRegisters>();
     Consumer<T, kHeadDim, kPast> consumer{p, schedule, memory, warpgroup - 1,
                                           static_cast<float>(p.softmax_scale) * kLog2e};
     consumer.run();

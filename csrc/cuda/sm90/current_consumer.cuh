@@ -37,21 +37,22 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void multiply_keys(uint32_t queries) {
-    const uint32_t keys = shared_address(memory.keys[key.slot]);
+    const uint64_t rows = descriptor(queries, 16);
+    const uint64_t columns = descriptor(shared_address(memory.keys[key.slot]), 16);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; ++i) {
-      wgmma_shared<T>(scores, descriptor(queries + i / 4 * kQueryPanel + i % 4 * 32, 16),
-                      descriptor(keys + i / 4 * kKeyPanel + i % 4 * 32, 16), i > 0);
+      wgmma_shared<T>(scores, moved(rows, i / 4 * kQueryPanel + i % 4 * 32),
+                      moved(columns, i / 4 * kKeyPanel + i % 4 * 32), i > 0);
     }
     wgmma_commit();
   }
   __device__ __forceinline__ void multiply_values() {
-    const uint32_t values = shared_address(memory.values[value.slot]);
+    const uint64_t values = descriptor(shared_address(memory.values[value.slot]), kKeyPanel);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kKeys / 16; ++i) {
-      wgmma_registers<T>(rows.out, weights + 4 * i, descriptor(values + i * 16 * kPanelRowBytes, kKeyPanel), 1);
+      wgmma_registers<T>(rows.out, weights + 4 * i, moved(values, i * 16 * kPanelRowBytes), 1);
     }
     wgmma_commit();
   }

@@ -13,9 +13,6 @@ namespace moba::cuda::sm90::current {
 constexpr int kWarpgroup = 128;
 constexpr int kConsumers = 2;
 constexpr int kThreads = kWarpgroup * (1 + kConsumers);
-constexpr int kProducerRegisters = 56;
-constexpr int kConsumerRegisters = 224;
-static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 168 * (1 + kConsumers));
 
 constexpr int kRows = 64;  // of a consumer
 constexpr int kTileRows = kConsumers * kRows;
@@ -63,6 +60,9 @@ struct Plan {
   static constexpr int kQuerySlots = kPast && kHeadDim == 128 ? 1 : 2;
   static constexpr int kKeySlots = kHeadDim == 128 ? 2 : 4;
   static constexpr int kStages = kHeadDim == 128 ? 2 : 3;
+  static constexpr int kProducerRegisters = kPast ? 72 : 40;
+  static constexpr int kConsumerRegisters = kPast ? 216 : 232;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 168 * (1 + kConsumers));
 
   struct Memory {
     unsigned char keys[kKeySlots][kKeyBytes];

@@ -115,29 +115,44 @@ struct Gatherer {
     }
   }
 
+  // Of the rows of this consumer, one after the other.
+  __device__ __forceinline__ const int32_t* positions_of(const Tile& tile) const {
+    const int64_t row = (tile.unit - schedule.unit_begin) * p.shape.rows + tile.row + consumer * kRows;
+    return p.lists.positions + row * schedule.slots;
+  }
+  __device__ __forceinline__ void prefetch_positions(const Tile& tile) const {
+    constexpr int kLine = 128 / sizeof(int32_t);
+    const int count = min(tile.rows - consumer * kRows, kRows) * schedule.slots;
+    for (int i = lane() * kLine; i < count; i += 32 * kLine) prefetch_l2(positions_of(tile) + i);
+  }
+
   __device__ __forceinline__ void gather(const Tile& tile) {
     const int local = tile.unit - schedule.unit_begin;
     const int64_t first_entry = local / schedule.heads_per_key_head * capacity(p.shape);
     const T* partials = static_cast<const T*>(p.partials.out) + first_entry * kHeadDim;
     const float* lses = p.partials.lse + first_entry;
     Slots slots[2];
-    int stages = 0;
-    uint32_t has_current[2];
+    int count[2];
+    bool current[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = consumer * kRows + half * 32 + lane();
-      const int32_t* positions = p.lists.positions + (local * p.shape.rows + tile.row + row) * schedule.slots;
-      slots[half] = {positions, 0, row < tile.rows ? schedule.slots : 0};
-      bool current = row >= tile.rows;
-      int count = 0;
-      for (int slot = 0; slot < slots[half].end; ++slot) {
-        const int position = __ldg(positions + slot);
-        current = current || position == kCurrent;
-        count += position >= 0;
-      }
-      has_current[half] = __ballot_sync(kAll, current);
-      stages = max(stages, __reduce_max_sync(kAll, count));
+      const int row = half * 32 + lane();
+      const bool exists = consumer * kRows + row < tile.rows;
+      slots[half] = {positions_of(tile) + row * schedule.slots, 0, exists ? schedule.slots : 0};
+      count[half] = 0;
+      current[half] = !exists;
     }
+#pragma unroll 4
+    for (int slot = 0; slot < schedule.slots; ++slot) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int position = slot < slots[half].end ? __ldg(slots[half].positions + slot) : kUnused;
+        current[half] = current[half] || position == kCurrent;
+        count[half] += position >= 0;
+      }
+    }
+    const int stages = __reduce_max_sync(kAll, max(count[0], count[1]));
+    const uint32_t has_current[2] = {__ballot_sync(kAll, current[0]), __ballot_sync(kAll, current[1])};
     for (int i = 0; i < max(stages, 1); ++i) {
       int position[2];
 #pragma unroll
@@ -170,7 +185,14 @@ struct Gatherer {
   }
 
   __device__ __forceinline__ void run() {
-    for_each_tile(p.shape, schedule, [&](const Tile& tile) { gather(tile); });
+    Tile next;
+    next.rows = 0;
+    for_each_tile(p.shape, schedule, [&](const Tile& tile) {
+      prefetch_positions(tile);
+      if (next.rows > 0) gather(next);
+      next = tile;
+    });
+    if (next.rows > 0) gather(next);
     cp_async_wait_all();
   }
 };

@@ -143,4 +143,9 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return packed;
 }
 
+// The same operand `bytes` further on, a multiple of 16.
+__device__ __forceinline__ uint64_t moved(uint64_t descriptor, int bytes) {
+  return (descriptor & 0xffffffff00000000) | (static_cast<uint32_t>(descriptor) + static_cast<uint32_t>(bytes >> 4));
+}
+
 }  // namespace moba::cuda::sm90

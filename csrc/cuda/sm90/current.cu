@@ -1,0 +1,115 @@
+// Which current-block kernel takes a call, and the tensor maps and schedule it needs.
+#include "cuda/sm90/current.h"
+
+#include <cudaTypedefs.h>
+
+#include <algorithm>
+
+#include "cuda/portable/numeric.cuh"
+#include "cuda/sm90/current_plan.h"
+
+namespace moba::cuda::sm90 {
+namespace {
+
+using namespace current;
+
+// Keys and values that are in use at one time, to stay in the L2 cache (50 MB, of which reads of more than about half
+// run at lower speed). Long blocks: at least so many, as the tiles of each go through its keys side by side.
+constexpr int64_t kTogetherBytes = int64_t(20) << 20;
+constexpr int64_t kTogether = 16;
+
+PFN_cuTensorMapEncodeTiled_v12000 encode_function() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult result;
+  const cudaError_t status =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+  if (status != cudaSuccess || result != cudaDriverEntryPointSuccess) {
+    cudaGetLastError();
+    return nullptr;
+  }
+  return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+}
+
+// [group, head, row, column], in boxes of one panel of `box_rows` rows.
+cudaError_t make_map(CUtensorMap& map, const Source& source, const Shape& shape, int64_t heads, int64_t rows,
+                     int box_rows, Dtype dtype) {
+  static const PFN_cuTensorMapEncodeTiled_v12000 encode = encode_function();
+  if (encode == nullptr) return cudaErrorNotSupported;
+  const auto positive = [](int64_t count) { return static_cast<cuuint64_t>(count); };
+  const cuuint64_t sizes[4] = {positive(shape.head_dim), positive(rows), positive(heads), positive(shape.groups)};
+  // The stride of a dimension of one element is never used, but has to be valid.
+  const auto bytes = [&](int64_t count, int64_t stride) {
+    return static_cast<cuuint64_t>((count > 1 ? stride : shape.head_dim) * 2);
+  };
+  const cuuint64_t strides[3] = {bytes(rows, source.row), bytes(heads, source.head),
+                                 bytes(shape.groups, source.group)};
+  const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(box_rows), 1, 1};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  const CUresult result =
+      encode(&map, dtype == Dtype::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
+             const_cast<void*>(source.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class F>
+cudaError_t with_kernel(const CurrentParams& p, Dtype dtype, F f) {
+  const auto by_past = [&](auto type, auto head_dim) {
+    using T = typename decltype(type)::type;
+    constexpr int kHeadDim = decltype(head_dim)::value;
+    return p.lists.positions != nullptr ? f(Current<T, kHeadDim, true>{}) : f(Current<T, kHeadDim, false>{});
+  };
+  const auto by_head_dim = [&](auto type) {
+    return p.shape.head_dim == 64 ? by_past(type, std::integral_constant<int, 64>{})
+                                  : by_past(type, std::integral_constant<int, 128>{});
+  };
+  return dtype == Dtype::kHalf ? by_head_dim(Type<__half>{}) : by_head_dim(Type<__nv_bfloat16>{});
+}
+
+}  // namespace
+
+cudaError_t launch_current(const CurrentParams& p, Dtype dtype, cudaStream_t stream) {
+  const Shape& shape = p.shape;
+  int device = 0, processors = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (status != cudaSuccess) return status;
+
+  const bool packed = shape.cu_seqlens_q != nullptr;
+  const int64_t group = shape.heads_per_key_head();
+  const int64_t tiles = packed ? shape.rows / kTileRows + shape.sequences : ceil_divide(shape.rows, kTileRows);
+  const int64_t block_tiles = std::min(ceil_divide(shape.block_size, kTileRows), tiles);
+  const int64_t span = packed ? tiles : block_tiles, segments = ceil_divide(tiles, span);
+  const int64_t units = p.lists.units_k.count * group;
+  const int64_t segment_bytes = std::min(shape.block_size, shape.keys) * shape.head_dim * 4;
+  const int64_t together = std::max(kTogether, kTogetherBytes / segment_bytes);
+  if (units * segments * span > INT32_MAX || shape.keys > INT32_MAX - kKeys) return cudaErrorInvalidValue;
+  const Schedule schedule{
+      .tiles = static_cast<int>(tiles),
+      .span = static_cast<int>(span),
+      .segments = static_cast<int>(segments),
+      .together = static_cast<int>(std::min(together, units * segments)),
+      .unit_begin = static_cast<int>(p.lists.units_k.begin * group),
+      .units = static_cast<int>(units),
+      .heads = static_cast<int>(shape.heads),
+      .heads_k = static_cast<int>(shape.heads_k),
+      .heads_per_key_head = static_cast<int>(group),
+      .rows = static_cast<int>(shape.rows),
+      .keys = static_cast<int>(shape.keys),
+      .block_size = static_cast<int>(std::min<int64_t>(shape.block_size, INT32_MAX)),
+      .slots = static_cast<int>(shape.slots),
+  };
+  const unsigned grid = static_cast<unsigned>(std::min<int64_t>(processors, units * tiles));
+  CUtensorMap map_q, map_k, map_v;
+  status = make_map(map_q, p.q, shape, shape.heads, shape.rows, kRows, dtype);
+  if (status == cudaSuccess) status = make_map(map_k, p.k, shape, shape.heads_k, shape.keys, kKeys, dtype);
+  if (status == cudaSuccess) status = make_map(map_v, p.v, shape, shape.heads_k, shape.keys, kKeys, dtype);
+  if (status != cudaSuccess) return status;
+  return with_kernel(p, dtype, [&](auto kernel) {
+    return decltype(kernel)::launch(p, map_q, map_k, map_v, schedule, grid, stream);
+  });
+}
+
+}  // namespace moba::cuda::sm90

@@ -1,0 +1,85 @@
+// The current-block kernel: see docs/kernels.md.
+#pragma once
+
+#include "cuda/sm90/current_consumer.cuh"
+#include "cuda/sm90/current_producer.cuh"
+
+namespace moba::cuda::sm90::current {
+
+template <class T, int kHeadDim, bool kPast>
+__global__ void __launch_bounds__(kThreads, 1)
+    current_kernel(const __grid_constant__ CurrentParams p, const __grid_constant__ CUtensorMap map_q,
+                   const __grid_constant__ CUtensorMap map_k, const __grid_constant__ CUtensorMap map_v,
+                   const __grid_constant__ Schedule schedule) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using P = Plan<kHeadDim, kPast>;
+  constexpr int kWarps = kConsumers * kWarpgroup / 32;
+  extern __shared__ __align__(1024) unsigned char dynamic_memory[];
+  auto& memory = *reinterpret_cast<typename P::Memory*>(dynamic_memory);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < P::kQuerySlots; ++i) {
+      mbarrier_init(shared_address(&memory.query_full[i]), 1);
+      mbarrier_init(shared_address(&memory.query_empty[i]), kWarps);
+    }
+    for (int i = 0; i < P::kKeySlots; ++i) {
+      mbarrier_init(shared_address(&memory.key_full[i]), 1);
+      mbarrier_init(shared_address(&memory.key_empty[i]), kWarps);
+      mbarrier_init(shared_address(&memory.value_full[i]), 1);
+      mbarrier_init(shared_address(&memory.value_empty[i]), kWarps);
+    }
+    if constexpr (kPast) {
+      for (int i = 0; i < kConsumers * P::kStages; ++i) {
+        mbarrier_init(shared_address(&memory.past.full[0][0] + i), 32 + 1);
+        mbarrier_init(shared_address(&memory.past.empty[0][0] + i), kWarps / kConsumers);
+      }
+    }
+    fence_proxy_async();
+  }
+  __syncthreads();
+  const int warpgroup = threadIdx.x / kWarpgroup;
+  if (warpgroup == 0) {
+    setmaxnreg_decrease<P::kProducerRegisters>();
+    const int warp = threadIdx.x / 32;
+    if (warp == 0) {
+      if (threadIdx.x == 0) {
+        Loader<kHeadDim, kPast> loader{p, schedule, &map_q, &map_k, &map_v, memory};
+        loader.run();
+      }
+    } else if (kPast && warp <= kConsumers) {
+      if constexpr (kPast) {
+        Gatherer<T, kHeadDim> gatherer{p, schedule, memory, warp - 1};
+        gatherer.run();
+      }
+    }
+  } else {
+    setmaxnreg_increase<P::kConsumerRegisters>();
+    Consumer<T, kHeadDim, kPast> consumer{p, schedule, memory, warpgroup - 1,
+                                          static_cast<float>(p.softmax_scale) * kLog2e};
+    consumer.run();
+  }
+#endif
+}
+
+template <class T, int kHeadDim, bool kPast>
+bool Current<T, kHeadDim, kPast>::built() {
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, current_kernel<T, kHeadDim, kPast>) != cudaSuccess) {
+    cudaGetLastError();  // not an error of the caller's
+    return false;
+  }
+  return attributes.numRegs > 64;  // elsewhere the kernel is empty
+}
+
+template <class T, int kHeadDim, bool kPast>
+cudaError_t Current<T, kHeadDim, kPast>::launch(const CurrentParams& p, const CUtensorMap& map_q,
+                                                const CUtensorMap& map_k, const CUtensorMap& map_v,
+                                                const Schedule& schedule, unsigned grid, cudaStream_t stream) {
+  constexpr int kBytes = sizeof(typename Plan<kHeadDim, kPast>::Memory);
+  const auto kernel = current_kernel<T, kHeadDim, kPast>;
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (status != cudaSuccess) return status;
+  kernel<<<grid, kThreads, kBytes, stream>>>(p, map_q, map_k, map_v, schedule);
+  return cudaGetLastError();
+}
+
+}  // namespace moba::cuda::sm90::current

@@ -1,0 +1,94 @@
+// How one CTA of the current-block kernel uses its threads, registers and shared memory.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/sm90/params.h"
+
+namespace moba::cuda::sm90::current {
+
+// One producer warpgroup, then two consumer warpgroups of 64 queries each. A kernel of 384 threads starts with 168
+// registers each; what the producer gives up is all that the consumers can get.
+constexpr int kWarpgroup = 128;
+constexpr int kConsumers = 2;
+constexpr int kThreads = kWarpgroup * (1 + kConsumers);
+
+constexpr int kRows = 64;  // of a consumer
+constexpr int kTileRows = kConsumers * kRows;
+constexpr int kKeys = 128;  // of one product
+// Consumers take turns at the tensor cores in tiles of so many key tiles; in shorter ones they would only wait.
+constexpr int kTurnSteps = 3;
+
+// Named barriers.
+constexpr int kTurnBarrier = 1;                          // one a consumer
+constexpr int kValuesBarrier = kTurnBarrier + kConsumers;  // one a consumer
+
+// Queries that follow each other, of one sequence of a unit. Positions and `key` count from the first key of the
+// sequence.
+struct Tile {
+  int32_t unit, row, rows;
+  int32_t position;  // of the first row
+  int32_t key;       // the first that any row sees: where the block of the first row begins
+  int32_t key_begin;  // of the sequence, in the unit
+  int32_t steps;      // key tiles that hold all keys of the rows; 0: no more work
+};
+
+// One partial result of each row of a consumer, in the order of slots without those that hold none.
+template <int kHeadDim>
+struct Stage {
+  unsigned char rows[kRows * kHeadDim * 2];
+  float lse[kRows];         // minus infinity: none
+  int32_t position[kRows];  // in the entries of the key head
+  // The same in all stages of a tile:
+  uint32_t has_current[kRows / 32];  // a bit a row
+  int32_t stages;                    // of the tile; where it is 0, one stage is sent that holds nothing
+};
+
+template <int kHeadDim, int kStages>
+struct Past {
+  Stage<kHeadDim> stages[kConsumers][kStages];
+  uint64_t full[kConsumers][kStages], empty[kConsumers][kStages];
+};
+struct NoPast {};
+
+template <int kHeadDim, bool kPast>
+struct Plan {
+  static constexpr int kPanels = kHeadDim / 64;
+  static constexpr int kQueryBytes = kRows * kHeadDim * 2;
+  static constexpr int kKeyBytes = kKeys * kHeadDim * 2;
+  static constexpr int kQuerySlots = kPast && kHeadDim == 128 ? 1 : 2;
+  static constexpr int kKeySlots = kHeadDim == 128 ? 2 : 4;
+  static constexpr int kStages = kHeadDim == 128 ? 2 : 3;
+  static constexpr int kProducerRegisters = kPast ? 72 : 40;
+  static constexpr int kConsumerRegisters = kPast ? 216 : 232;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 168 * (1 + kConsumers));
+
+  struct Memory {
+    unsigned char keys[kKeySlots][kKeyBytes];
+    unsigned char values[kKeySlots][kKeyBytes];
+    unsigned char queries[kQuerySlots][kConsumers][kQueryBytes];
+    std::conditional_t<kPast, Past<kHeadDim, kStages>, NoPast> past;
+    Tile tiles[kQuerySlots];
+    uint64_t query_full[kQuerySlots], query_empty[kQuerySlots];
+    uint64_t key_full[kKeySlots], key_empty[kKeySlots];
+    uint64_t value_full[kKeySlots], value_empty[kKeySlots];
+  };
+  static_assert(sizeof(Memory) <= 232448, "227 KiB of shared memory");
+};
+
+// A place in a ring of buffers with its barrier phase.
+template <int kSlots>
+struct Ring {
+  int slot = 0;
+  uint32_t phase = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++slot == kSlots) {
+      slot = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+}  // namespace moba::cuda::sm90::current

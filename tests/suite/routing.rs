@@ -154,12 +154,12 @@ fn assert_best_sets(what: &str, case: &Case, q: &Tensor, k: &Tensor, chosen: &Te
         let current = position.divide_scalar_mode(case.block_size, "floor").view([1, 1, -1, 1]);
         let past = Tensor::arange(complete, (Kind::Int64, device)).lt_tensor(&current);
         let route = chosen.narrow(2, begin, rows).to_kind(Kind::Int64);
-        assert!(route.narrow(3, 0, 1).equal(&current.expand_as(route.narrow(3, 0, 1))), "{what}: current block first");
+        assert!(route.narrow(3, 0, 1).equal(&current.expand_as(&route.narrow(3, 0, 1))), "{what}: current block first");
         let others = route.narrow(3, 1, case.top_k - 1);
         let used = others.ge(0);
         let count = current.clamp_max(case.top_k - 1);
         assert!(
-            used.sum_dim_intlist([-1].as_slice(), true, Kind::Int64).equal(&count.expand_as(q.narrow(3, 0, 1))),
+            used.sum_dim_intlist([-1].as_slice(), true, Kind::Int64).equal(&count.expand_as(&q.narrow(3, 0, 1))),
             "{what}"
         );
         // Which blocks are in the set; an unused slot marks a column of its own.
@@ -167,7 +167,7 @@ fn assert_best_sets(what: &str, case: &Case, q: &Tensor, k: &Tensor, chosen: &Te
         let taken = taken.scatter_value(3, &others.where_self(&used, &Tensor::from(complete).to_device(device)), 1);
         let taken = taken.narrow(3, 0, complete);
         assert!(
-            taken.sum_dim_intlist([-1].as_slice(), true, Kind::Int64).equal(&count.expand_as(q.narrow(3, 0, 1))),
+            taken.sum_dim_intlist([-1].as_slice(), true, Kind::Int64).equal(&count.expand_as(&q.narrow(3, 0, 1))),
             "{what}: a block twice"
         );
         assert!(taken.logical_and(&past.logical_not()).any().int64_value(&[]) == 0, "{what}: a block that is not past");

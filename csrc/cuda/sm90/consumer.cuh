@@ -2,8 +2,10 @@
 // a block, online softmax, times the values.
 #pragma once
 
-#include "cuda/sm90/plan.h"
+#include <utility>
+
 #include "cuda/sm90/past.h"
+#include "cuda/sm90/plan.h"
 #include "cuda/sm90/ptx.cuh"
 #include "cuda/sm90/wgmma.cuh"
 
@@ -116,39 +118,44 @@ struct Consumer {
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; ++i) {
-      if (i == 0) wgmma_registers_t_first<T>(scores, queries, descriptor(keys, 16), 0);
-      else
-      wgmma_registers_t<T>(scores, queries + 4 * i, descriptor(keys + i / 4 * kKeyPanel + i % 4 * 32, 16), i > 0);
+      const uint64_t columns = descriptor(keys + i / 4 * kKeyPanel + i % 4 * 32, 16);
+      if (i == 0) {
+        wgmma_registers_t_first<T>(scores, queries, columns, 0);
+      } else {
+        wgmma_registers_t<T>(scores, queries + 4 * i, columns, 1);
+      }
     }
     wgmma_commit();
   }
 
-  __device__ __forceinline__ void multiply_16_values(Out& out, const Weights& weights, uint32_t values, int i, bool accumulate) {
-    if (i == 0 && kResident) wgmma_registers_first<T>(out, weights, descriptor(values, kKeyPanel), 0);
-    else
-    wgmma_registers<T>(out, weights + 4 * i, descriptor(values + i * 16 * kPanelRowBytes, kKeyPanel),
-                       i > 0 || accumulate);
-  }
+  // The first kCount * 16 values of a tile.
+  template <int kCount = kKeys / 16>
   __device__ __forceinline__ void multiply_values(Out& out, const Weights& weights, uint32_t values, bool accumulate) {
     wgmma_fence();
+    if constexpr (kResident) {
+      wgmma_registers_first<T>(out, weights, descriptor(values, kKeyPanel), 0);
+    } else {
+      wgmma_registers<T>(out, weights, descriptor(values, kKeyPanel), accumulate);
+    }
 #pragma unroll
-    for (int i = 0; i < kKeys / 16; ++i) multiply_16_values(out, weights, values, i, accumulate);
+    for (int i = 1; i < kCount; ++i) {
+      wgmma_registers<T>(out, weights + 4 * i, descriptor(values + i * 16 * kPanelRowBytes, kKeyPanel), 1);
+    }
     wgmma_commit();
   }
-  // The last key tile of a block has `keys`, a multiple of 16. What lies beyond them in shared memory is not multiplied.
-  __device__ __forceinline__ void multiply_last_values(Out& out, const Weights& weights, uint32_t values,
-                                                       bool accumulate, int keys) {
+  // The last key tile of a block has `keys`, a multiple of 16. What lies beyond them in shared memory may be NaN, and is
+  // not multiplied.
+  template <int... kCounts>
+  __device__ __forceinline__ void multiply_last_values(Out& out, const Weights& weights, uint32_t values, int keys,
+                                                       std::integer_sequence<int, kCounts...>) {
+    ((keys == 16 * (kCounts + 1) ? multiply_values<kCounts + 1>(out, weights, values, true) : void()), ...);
+  }
+  __device__ __forceinline__ void multiply_last_values(Out& out, const Weights& weights, uint32_t values, int keys) {
     if (keys == kKeys) {
-      multiply_values(out, weights, values, accumulate);
-      return;
+      multiply_values(out, weights, values, true);
+    } else {
+      multiply_last_values(out, weights, values, keys, std::make_integer_sequence<int, kKeys / 16 - 1>());
     }
-#pragma unroll
-    for (int i = 0; i < kKeys / 16; ++i) {
-      if (16 * i >= keys) break;
-      wgmma_fence();
-      multiply_16_values(out, weights, values, i, accumulate);
-    }
-    wgmma_commit();
   }
 
   __device__ __forceinline__ void mask(Scores& scores, int keys) {
@@ -281,7 +288,7 @@ struct Consumer {
       soften(scores, true);
       pack_weights(weights, scores);
       mbarrier_wait(shared_address(&memory.value_full[slot]), phase);
-      multiply_last_values(out, weights, shared_address(memory.values[slot]), false, keys);
+      multiply_last_values(out, weights, shared_address(memory.values[slot]), keys);
       wgmma_wait<0>();
       settle(out);
       if (work.releases) arrive(&memory.value_empty[slot], work.releases);
@@ -343,7 +350,7 @@ struct Consumer {
         }
         if (next.item >= 0) load_queries(rows);
         mbarrier_wait(shared_address(&memory.value_full[key.slot]), key.phase);
-        multiply_last_values(out, weights, shared_address(memory.values[key.slot]), true, last_keys);
+        multiply_last_values(out, weights, shared_address(memory.values[key.slot]), last_keys);
         wgmma_wait<0>();
         settle(out);
         arrive(&memory.value_empty[key.slot]);

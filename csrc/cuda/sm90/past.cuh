@@ -24,6 +24,7 @@ __global__ void __launch_bounds__(Plan<kHeadDim, kKeys, kResident>::kThreads, 1)
     }
     for (int i = 0; i < P::kKeySlots; ++i) {
       mbarrier_init(shared_address(&memory.key_loaded[i]), 1);
+      memory.no_keys[i] = 0;
       mbarrier_init(shared_address(&memory.key_full[i]), kResident ? kPermuters : 1);
       mbarrier_init(shared_address(&memory.key_empty[i]), 4 * P::kConsumers);
       mbarrier_init(shared_address(&memory.value_full[i]), 1);

@@ -46,6 +46,7 @@ struct Plan {
     Tile tiles[kTileSlots];
     uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
     uint64_t key_loaded[kKeySlots];  // resident blocks: keys before their columns are permuted
+    int32_t no_keys[kKeySlots];      // instead of keys: no more come
     uint64_t key_full[kKeySlots], key_empty[kKeySlots];
     uint64_t value_full[kKeySlots], value_empty[kKeySlots];
   };

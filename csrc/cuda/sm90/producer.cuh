@@ -1,5 +1,5 @@
 // The producer warpgroup of the past kernel. Warp 0 tells the consumers which queries to gather; warp 1 loads keys and
-// values by TMA; warps 1 to 3 permute the columns of resident keys.
+// values by TMA; warps 2 and 3 permute the columns of resident keys.
 #pragma once
 
 #include "cuda/sm90/plan.h"
@@ -9,7 +9,7 @@
 
 namespace moba::cuda::sm90 {
 
-constexpr int kPermuters = 3;  // warps
+constexpr int kPermuters = 2;  // warps
 
 template <class T, int kHeadDim, int kKeys, bool kResident>
 struct Producer {
@@ -90,7 +90,7 @@ struct Producer {
   // in another order than consumers hold them, looks for them.
   __device__ __forceinline__ void permute(uint32_t keys) const {
     constexpr int kParts = kHeadDim / 32;
-    for (int i = threadIdx.x - 32; i < kKeys * kParts; i += 32 * kPermuters) {
+    for (int i = threadIdx.x - 64; i < kKeys * kParts; i += 32 * kPermuters) {
       const int row = i % kKeys, part = i / kKeys;
       const uint32_t at = keys + part / 2 * (kKeys * kPanelRowBytes) + row * kPanelRowBytes;
       const int first = part % 2 * 4, turn = row % 8;
@@ -105,46 +105,54 @@ struct Producer {
     }
   }
 
+  __device__ __forceinline__ void permute_keys() {
+    for (Ring<P::kKeySlots> ring;; ring.advance()) {
+      mbarrier_wait(shared_address(&memory.key_loaded[ring.slot]), ring.phase);
+      if (memory.no_keys[ring.slot]) return;
+      permute(shared_address(memory.keys[ring.slot]));
+      fence_proxy_async();
+      __syncwarp();
+      if (lane() == 0) mbarrier_arrive(shared_address(&memory.key_full[ring.slot]));
+    }
+  }
+
   __device__ __forceinline__ void load_keys_and_values() {
     Ring<P::kKeySlots> ring;
-    const bool loads = threadIdx.x == 32;
     const Sequences sequences(p.shape);
     for_each_share<kTogether>(p, schedule, [&](int local, const UnitLists& lists, int tile, int end) {
       const int unit_k = static_cast<int>(p.lists.units_k.begin) + local;
       const int head = unit_k % schedule.heads_k, group = unit_k / schedule.heads_k;
       for_each_item(lists, tile, end, [&](const Item& item) {
-        const int block_begin = sequences.first_key(item.block);
+        const int begin = sequences.first_key(item.block);
         const int visits = kResident ? 1 : (item.tiles + P::kConsumers - 1) / P::kConsumers;
         for (int visit = 0; visit < visits; ++visit) {
-          for (int step = 0; step < (kResident ? 1 : schedule.steps); ++step) {
-            if (loads) {
-              const int key_begin = block_begin + step * kKeys;
+          for (int step = 0; step < (kResident ? 1 : schedule.steps); ++step, ring.advance()) {
+            if (lane() == 0) {
               load(map_k, memory.keys[ring.slot], kResident ? &memory.key_loaded[ring.slot] : &memory.key_full[ring.slot],
-                   &memory.key_empty[ring.slot], ring.phase, key_begin, head, group);
+                   &memory.key_empty[ring.slot], ring.phase, begin + step * kKeys, head, group);
               load(map_v, memory.values[ring.slot], &memory.value_full[ring.slot], &memory.value_empty[ring.slot],
-                   ring.phase, key_begin, head, group);
+                   ring.phase, begin + step * kKeys, head, group);
             }
             __syncwarp();
-            if (kResident) {
-              mbarrier_wait(shared_address(&memory.key_loaded[ring.slot]), ring.phase);
-              permute(shared_address(memory.keys[ring.slot]));
-              fence_proxy_async();
-              __syncwarp();
-              if (lane() == 0) mbarrier_arrive(shared_address(&memory.key_full[ring.slot]));
-            }
-            ring.advance();
           }
         }
       });
     });
+    if (kResident && lane() == 0) {
+      mbarrier_wait(shared_address(&memory.key_empty[ring.slot]), ring.phase ^ 1);
+      memory.no_keys[ring.slot] = 1;
+      mbarrier_arrive(shared_address(&memory.key_loaded[ring.slot]));
+    }
   }
 
   __device__ __forceinline__ void run() {
     const int warp = threadIdx.x / 32;
     if (warp == 0) {
       push_tiles();
-    } else if (kResident || warp == 1) {
+    } else if (warp == 1) {
       load_keys_and_values();
+    } else if (kResident) {
+      permute_keys();
     }
   }
 };

@@ -98,7 +98,7 @@ __device__ __forceinline__ float exp2_approximate(float x) {
 
 // 16 bytes that other threads of the CTA hardly read again.
 __device__ __forceinline__ void load_once(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void* from) {
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
                : "l"(from));
 }

@@ -53,6 +53,7 @@ __device__ __forceinline__ void for_each_share(const PastParams& p, const Schedu
   for (int first = 0; first < units; first += schedule.pass_units) {
     const int end = min(first + schedule.pass_units, units);
     int total = 0;
+#pragma unroll 4
     for (int local = first; local < end; ++local) total += UnitLists(p, schedule, local).tiles();
     const int each = total / shares, more = total % shares;
     int from = share * each + min(share, more), to = from + each + (share < more);

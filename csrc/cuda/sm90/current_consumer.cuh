@@ -68,19 +68,29 @@ struct Consumer {
     return named_barrier_any(kValuesBarrier + consumer, kWarpgroup, here);
   }
 
-  // The product of the weights with the values of `step`; after it, the scores of the step before if there is one.
-  __device__ __forceinline__ void attend(const Tile& tile, uint32_t queries) {
-    const int steps = tile.steps;
-    const bool turns = steps >= kTurnSteps;
-    rows.clear();
-    mbarrier_wait(shared_address(&memory.key_full[key.slot]), key.phase);
-    multiply_keys(queries);
+  __device__ __forceinline__ uint32_t queries() const {
+    return shared_address(memory.queries[query.slot][consumer]);
+  }
+  __device__ __forceinline__ Tile next_tile() {
+    mbarrier_wait(shared_address(&memory.query_full[query.slot]), query.phase);
+    return memory.tiles[query.slot];
+  }
+  // The scores of the last key tile; without a tile, of whatever lies there, as a product must not depend on a branch.
+  __device__ __forceinline__ void start(const Tile& tile) {
+    if (tile.steps > 0) mbarrier_wait(shared_address(&memory.key_full[key.slot]), key.phase);
+    multiply_keys(queries());
+  }
+
+  // Begins with the scores of the last key tile under way.
+  __device__ __forceinline__ void attend(const Tile& tile) {
+    const bool turns = tile.steps >= kTurnSteps;
     wgmma_wait<0>();
     settle(scores);
+    rows.clear();
     arrive(&memory.key_empty[key.slot]);
     key.advance();
-    if (steps == 1) arrive(&memory.query_empty[query.slot]);
-    int step = steps - 1;
+    int step = tile.steps - 1;
+    if (step == 0) arrive(&memory.query_empty[query.slot]);
     bool masked = visible.masked(tile.key + step * kKeys);
     if (masked) visible.mask(scores, tile.key + step * kKeys);
     rows.soften(scores, scale);
@@ -96,7 +106,7 @@ struct Consumer {
       }
       mbarrier_wait(shared_address(&memory.key_full[key.slot]), key.phase);
       if (turns) named_barrier_sync(kTurnBarrier + consumer, kConsumers * kWarpgroup);
-      multiply_keys(queries);
+      multiply_keys(queries());
       if (exactly) {
         if (turns) named_barrier_arrive(kTurnBarrier + (consumer ^ 1), kConsumers * kWarpgroup);
         wgmma_wait<0>();
@@ -135,26 +145,36 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void run() {
+    // The first scores of the next tile are under way while this one is written. With partial results to merge there is
+    // no place for the queries of a second tile, and the tensor cores have time.
+    constexpr bool kAhead = !kPast;
     if (consumer == 1) named_barrier_arrive(kTurnBarrier, kConsumers * kWarpgroup);
     const int row0 = threadIdx.x % kWarpgroup / 32 * 16 + lane() / 4;
 #pragma unroll
     for (int i = 0; i < kScores; ++i) scores[i] = 0;
-    for (;; query.advance()) {
-      mbarrier_wait(shared_address(&memory.query_full[query.slot]), query.phase);
-      const Tile tile = memory.tiles[query.slot];
-      if (tile.steps == 0) break;
-      const int first = tile.position + consumer * kRows;
-      visible.set(first, row0, schedule.block_size);
+    Tile tile = next_tile();
+    if (kAhead) start(tile);
+    while (tile.steps > 0) {
+      visible.set(tile.position + consumer * kRows, row0, schedule.block_size);
       if constexpr (kPast) {
         mbarrier_wait(shared_address(&memory.past.full[consumer][stage.slot]), stage.phase);
-        const auto& head = memory.past.stages[consumer][stage.slot];
-        visible.keep(head.has_current, row0);
+        visible.keep(memory.past.stages[consumer][stage.slot].has_current, row0);
       }
-      attend(tile, shared_address(memory.queries[query.slot][consumer]));
+      if (!kAhead) start(tile);
+      attend(tile);
+      query.advance();
+      Tile next;
+      if constexpr (kAhead) {
+        next = next_tile();
+        start(next);
+      }
       rows.finish(scale);
       if constexpr (kPast) merge(tile, row0);
       rows.template store<T>(p, tile, consumer * kRows + row0);
+      if (!kAhead) next = next_tile();
+      tile = next;
     }
+    wgmma_wait<0>();
   }
 
   __device__ __forceinline__ void merge(const Tile& tile, int row0) {

@@ -54,6 +54,35 @@ cudaError_t make_map(CUtensorMap& map, const Source& source, const Shape& shape,
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Without tiles where there are too many to count.
+Schedule make_schedule(const CurrentParams& p, int64_t tile_rows) {
+  const Shape& shape = p.shape;
+  const bool packed = shape.cu_seqlens_q != nullptr;
+  const int64_t group = shape.heads_per_key_head();
+  const int64_t tiles = packed ? shape.rows / tile_rows + shape.sequences : ceil_divide(shape.rows, tile_rows);
+  const int64_t span = packed ? tiles : std::min(ceil_divide(shape.block_size, tile_rows), tiles);
+  const int64_t segments = ceil_divide(tiles, span);
+  const int64_t units = p.lists.units_k.count * group;
+  const int64_t segment_bytes = std::min(shape.block_size, shape.keys) * shape.head_dim * 4;
+  const int64_t together = std::max(kTogether, kTogetherBytes / segment_bytes);
+  if (units * segments * span > INT32_MAX || shape.keys > INT32_MAX - kKeys) return {};
+  return {
+      .tiles = static_cast<int>(tiles),
+      .span = static_cast<int>(span),
+      .segments = static_cast<int>(segments),
+      .together = static_cast<int>(std::min(together, units * segments)),
+      .unit_begin = static_cast<int>(p.lists.units_k.begin * group),
+      .units = static_cast<int>(units),
+      .heads = static_cast<int>(shape.heads),
+      .heads_k = static_cast<int>(shape.heads_k),
+      .heads_per_key_head = static_cast<int>(group),
+      .rows = static_cast<int>(shape.rows),
+      .keys = static_cast<int>(shape.keys),
+      .block_size = static_cast<int>(std::min<int64_t>(shape.block_size, INT32_MAX)),
+      .slots = static_cast<int>(shape.slots),
+  };
+}
+
 template <class F>
 cudaError_t with_kernel(const CurrentParams& p, Dtype dtype, F f) {
   const auto by_past = [&](auto type, auto head_dim) {
@@ -77,38 +106,17 @@ cudaError_t launch_current(const CurrentParams& p, Dtype dtype, cudaStream_t str
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return status;
 
-  const bool packed = shape.cu_seqlens_q != nullptr;
-  const int64_t group = shape.heads_per_key_head();
-  const int64_t tiles = packed ? shape.rows / kTileRows + shape.sequences : ceil_divide(shape.rows, kTileRows);
-  const int64_t block_tiles = std::min(ceil_divide(shape.block_size, kTileRows), tiles);
-  const int64_t span = packed ? tiles : block_tiles, segments = ceil_divide(tiles, span);
-  const int64_t units = p.lists.units_k.count * group;
-  const int64_t segment_bytes = std::min(shape.block_size, shape.keys) * shape.head_dim * 4;
-  const int64_t together = std::max(kTogether, kTogetherBytes / segment_bytes);
-  if (units * segments * span > INT32_MAX || shape.keys > INT32_MAX - kKeys) return cudaErrorInvalidValue;
-  const Schedule schedule{
-      .tiles = static_cast<int>(tiles),
-      .span = static_cast<int>(span),
-      .segments = static_cast<int>(segments),
-      .together = static_cast<int>(std::min(together, units * segments)),
-      .unit_begin = static_cast<int>(p.lists.units_k.begin * group),
-      .units = static_cast<int>(units),
-      .heads = static_cast<int>(shape.heads),
-      .heads_k = static_cast<int>(shape.heads_k),
-      .heads_per_key_head = static_cast<int>(group),
-      .rows = static_cast<int>(shape.rows),
-      .keys = static_cast<int>(shape.keys),
-      .block_size = static_cast<int>(std::min<int64_t>(shape.block_size, INT32_MAX)),
-      .slots = static_cast<int>(shape.slots),
-  };
-  const unsigned grid = static_cast<unsigned>(std::min<int64_t>(processors, units * tiles));
   CUtensorMap map_q, map_k, map_v;
   status = make_map(map_q, p.q, shape, shape.heads, shape.rows, kRows, dtype);
   if (status == cudaSuccess) status = make_map(map_k, p.k, shape, shape.heads_k, shape.keys, kKeys, dtype);
   if (status == cudaSuccess) status = make_map(map_v, p.v, shape, shape.heads_k, shape.keys, kKeys, dtype);
   if (status != cudaSuccess) return status;
   return with_kernel(p, dtype, [&](auto kernel) {
-    return decltype(kernel)::launch(p, map_q, map_k, map_v, schedule, grid, stream);
+    using Kernel = decltype(kernel);
+    const Schedule schedule = make_schedule(p, Kernel::kTileRows);
+    if (schedule.tiles == 0) return cudaErrorInvalidValue;
+    const unsigned grid = static_cast<unsigned>(std::min(processors, schedule.units * schedule.tiles));
+    return Kernel::launch(p, map_q, map_k, map_v, schedule, grid, stream);
   });
 }
 

@@ -7,13 +7,13 @@
 namespace moba::cuda::sm90::current {
 
 template <class T, int kHeadDim, bool kPast>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(Plan<kHeadDim, kPast>::kThreads, 1)
     current_kernel(const __grid_constant__ CurrentParams p, const __grid_constant__ CUtensorMap map_q,
                    const __grid_constant__ CUtensorMap map_k, const __grid_constant__ CUtensorMap map_v,
                    const __grid_constant__ Schedule schedule) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using P = Plan<kHeadDim, kPast>;
-  constexpr int kWarps = kConsumers * kWarpgroup / 32;
+  constexpr int kWarps = P::kConsumers * kWarpgroup / 32;
   extern __shared__ __align__(1024) unsigned char dynamic_memory[];
   auto& memory = *reinterpret_cast<typename P::Memory*>(dynamic_memory);
   if (threadIdx.x == 0) {
@@ -28,9 +28,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(shared_address(&memory.value_empty[i]), kWarps);
     }
     if constexpr (kPast) {
-      for (int i = 0; i < kConsumers * P::kStages; ++i) {
+      for (int i = 0; i < P::kConsumers * P::kStages; ++i) {
         mbarrier_init(shared_address(&memory.past.full[0][0] + i), 32 + 1);
-        mbarrier_init(shared_address(&memory.past.empty[0][0] + i), kWarps / kConsumers);
+        mbarrier_init(shared_address(&memory.past.empty[0][0] + i), kWarpgroup / 32);
       }
     }
     fence_proxy_async();
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         Loader<kHeadDim, kPast> loader{p, schedule, &map_q, &map_k, &map_v, memory};
         loader.run();
       }
-    } else if (kPast && warp <= kConsumers) {
+    } else if (kPast && warp <= P::kConsumers) {
       if constexpr (kPast) {
         Gatherer<T, kHeadDim> gatherer{p, schedule, memory, warp - 1};
         gatherer.run();
@@ -74,11 +74,12 @@ template <class T, int kHeadDim, bool kPast>
 cudaError_t Current<T, kHeadDim, kPast>::launch(const CurrentParams& p, const CUtensorMap& map_q,
                                                 const CUtensorMap& map_k, const CUtensorMap& map_v,
                                                 const Schedule& schedule, unsigned grid, cudaStream_t stream) {
-  constexpr int kBytes = sizeof(typename Plan<kHeadDim, kPast>::Memory);
+  using P = Plan<kHeadDim, kPast>;
+  constexpr int kBytes = sizeof(typename P::Memory);
   const auto kernel = current_kernel<T, kHeadDim, kPast>;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
-  kernel<<<grid, kThreads, kBytes, stream>>>(p, map_q, map_k, map_v, schedule);
+  kernel<<<grid, P::kThreads, kBytes, stream>>>(p, map_q, map_k, map_v, schedule);
   return cudaGetLastError();
 }
 

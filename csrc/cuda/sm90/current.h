@@ -5,7 +5,7 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
-#include "cuda/sm90/params.h"
+#include "cuda/sm90/current_plan.h"
 
 namespace moba::cuda::sm90 {
 
@@ -29,6 +29,7 @@ struct Schedule {
 // kPast: whether there are partial results to merge.
 template <class T, int kHeadDim, bool kPast>
 struct Current {
+  static constexpr int kTileRows = Plan<kHeadDim, kPast>::kTileRows;
   // Whether this build has the code, which exists for sm_90a only.
   static bool built();
   static cudaError_t launch(const CurrentParams& p, const CUtensorMap& map_q, const CUtensorMap& map_k,

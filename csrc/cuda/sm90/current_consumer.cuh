@@ -38,7 +38,7 @@ struct Consumer {
 
   __device__ __forceinline__ void multiply_keys(uint32_t queries) {
     const uint64_t rows = descriptor(queries, 16);
-    const uint64_t columns = descriptor(shared_address(memory.keys[key.slot]), 16);
+    const uint64_t columns = descriptor(shared_address(memory.keys[key.slot()]), 16);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; ++i) {
@@ -48,7 +48,7 @@ struct Consumer {
     wgmma_commit();
   }
   __device__ __forceinline__ void multiply_values() {
-    const uint64_t values = descriptor(shared_address(memory.values[value.slot]), kKeyPanel);
+    const uint64_t values = descriptor(shared_address(memory.values[value.slot()]), kKeyPanel);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kKeys / 16; ++i) {
@@ -64,107 +64,126 @@ struct Consumer {
 
   // Whether values hold a NaN or an infinity, which a weight of 0 would not mask.
   __device__ __forceinline__ bool any_not_finite() {
-    const bool here = not_finite<T>(memory.values[value.slot], threadIdx.x % kWarpgroup, P::kKeyBytes);
+    const bool here = not_finite<T>(memory.values[value.slot()], threadIdx.x % kWarpgroup, P::kKeyBytes);
     return named_barrier_any(kValuesBarrier + consumer, kWarpgroup, here);
   }
 
-  // The product of the weights with the values of `step`; after it, the scores of the step before if there is one.
-  __device__ __forceinline__ void attend(const Tile& tile, uint32_t queries) {
-    const int steps = tile.steps;
+  __device__ __forceinline__ uint32_t queries() const {
+    return shared_address(memory.queries[query.slot()][consumer]);
+  }
+  __device__ __forceinline__ const Tile& next_tile() {
+    mbarrier_wait(shared_address(&memory.query_full[query.slot()]), query.phase());
+    return memory.tiles[query.count % P::kTiles];
+  }
+  // The scores of the last key tile; without a tile, of whatever lies there, as a product must not depend on a branch.
+  __device__ __forceinline__ void start(bool exists) {
+    if (exists) mbarrier_wait(shared_address(&memory.key_full[key.slot()]), key.phase());
+    multiply_keys(queries());
+  }
+
+  // Begins with the scores of the last key tile under way.
+  __device__ __forceinline__ void attend(int first_key, int steps) {
     const bool turns = steps >= kTurnSteps;
-    rows.clear();
-    mbarrier_wait(shared_address(&memory.key_full[key.slot]), key.phase);
-    multiply_keys(queries);
     wgmma_wait<0>();
     settle(scores);
-    arrive(&memory.key_empty[key.slot]);
+    rows.clear();
+    arrive(&memory.key_empty[key.slot()]);
     key.advance();
-    if (steps == 1) arrive(&memory.query_empty[query.slot]);
-    int step = steps - 1;
-    bool masked = visible.masked(tile.key + step * kKeys);
-    if (masked) visible.mask(scores, tile.key + step * kKeys);
+    if (steps == 1) arrive(&memory.query_empty[query.slot()]);
+    int first = first_key + (steps - 1) * kKeys;
+    bool masked = visible.masked(first);
+    if (masked) visible.mask(scores, first);
     rows.soften(scores, scale);
     pack_weights();
-    for (; step > 0; --step) {
+    while (first > first_key) {
       bool exactly = false;
       if (masked) {
-        mbarrier_wait(shared_address(&memory.value_full[value.slot]), value.phase);
+        mbarrier_wait(shared_address(&memory.value_full[value.slot()]), value.phase());
         exactly = any_not_finite();
         if (exactly) {
-          multiply_exactly<T>(rows.out, weights, memory.values[value.slot], visible, tile.key + step * kKeys);
+          multiply_exactly<T>(rows.out, weights, memory.values[value.slot()], visible, first);
         }
       }
-      mbarrier_wait(shared_address(&memory.key_full[key.slot]), key.phase);
-      if (turns) named_barrier_sync(kTurnBarrier + consumer, kConsumers * kWarpgroup);
-      multiply_keys(queries);
+      mbarrier_wait(shared_address(&memory.key_full[key.slot()]), key.phase());
+      if (turns) named_barrier_sync(kTurnBarrier + consumer, 2 * kWarpgroup);
+      multiply_keys(queries());
       if (exactly) {
-        if (turns) named_barrier_arrive(kTurnBarrier + (consumer ^ 1), kConsumers * kWarpgroup);
+        if (turns) named_barrier_arrive(kTurnBarrier + (consumer + 1) % P::kConsumers, 2 * kWarpgroup);
         wgmma_wait<0>();
       } else {
-        mbarrier_wait(shared_address(&memory.value_full[value.slot]), value.phase);
+        mbarrier_wait(shared_address(&memory.value_full[value.slot()]), value.phase());
         multiply_values();
-        if (turns) named_barrier_arrive(kTurnBarrier + (consumer ^ 1), kConsumers * kWarpgroup);
+        if (turns) named_barrier_arrive(kTurnBarrier + (consumer + 1) % P::kConsumers, 2 * kWarpgroup);
         wgmma_wait<1>();
       }
       settle(scores);
-      arrive(&memory.key_empty[key.slot]);
+      arrive(&memory.key_empty[key.slot()]);
       key.advance();
-      if (step == 1) arrive(&memory.query_empty[query.slot]);
-      const int first = tile.key + (step - 1) * kKeys;
+      first -= kKeys;
+      if (first == first_key) arrive(&memory.query_empty[query.slot()]);
       masked = visible.masked(first);
       if (masked) visible.mask(scores, first);
       const float2 shrink = rows.soften(scores, scale);
       wgmma_wait<0>();
       settle(rows.out);
       settle(weights);
-      arrive(&memory.value_empty[value.slot]);
+      arrive(&memory.value_empty[value.slot()]);
       value.advance();
       rows.rescale(shrink);
       pack_weights();
     }
-    mbarrier_wait(shared_address(&memory.value_full[value.slot]), value.phase);
+    mbarrier_wait(shared_address(&memory.value_full[value.slot()]), value.phase());
     if (masked && any_not_finite()) {
-      multiply_exactly<T>(rows.out, weights, memory.values[value.slot], visible, tile.key);
+      multiply_exactly<T>(rows.out, weights, memory.values[value.slot()], visible, first);
     } else {
       multiply_values();
       wgmma_wait<0>();
       settle(rows.out);
     }
-    arrive(&memory.value_empty[value.slot]);
+    arrive(&memory.value_empty[value.slot()]);
     value.advance();
   }
 
   __device__ __forceinline__ void run() {
-    if (consumer == 1) named_barrier_arrive(kTurnBarrier, kConsumers * kWarpgroup);
+    // The first scores of the next tile are under way while this one is written. With partial results to merge there is
+    // no place for the queries of a second tile, and the tensor cores have time.
+    constexpr bool kAhead = !kPast;
+    if (consumer == P::kConsumers - 1) named_barrier_arrive(kTurnBarrier, 2 * kWarpgroup);
     const int row0 = threadIdx.x % kWarpgroup / 32 * 16 + lane() / 4;
 #pragma unroll
     for (int i = 0; i < kScores; ++i) scores[i] = 0;
-    for (;; query.advance()) {
-      mbarrier_wait(shared_address(&memory.query_full[query.slot]), query.phase);
-      const Tile tile = memory.tiles[query.slot];
-      if (tile.steps == 0) break;
-      const int first = tile.position + consumer * kRows;
-      visible.set(first, row0, schedule.block_size);
+    const Tile* tile = &next_tile();
+    if (kAhead) start(tile->steps > 0);
+    while (tile->steps > 0) {
+      visible.set(tile->position + consumer * kRows, row0, schedule.block_size);
       if constexpr (kPast) {
-        mbarrier_wait(shared_address(&memory.past.full[consumer][stage.slot]), stage.phase);
-        const auto& head = memory.past.stages[consumer][stage.slot];
-        visible.keep(head.has_current, row0);
+        mbarrier_wait(shared_address(&memory.past.full[consumer][stage.slot()]), stage.phase());
+        visible.keep(memory.past.stages[consumer][stage.slot()].has_current, row0);
       }
-      attend(tile, shared_address(memory.queries[query.slot][consumer]));
+      if (!kAhead) start(true);
+      attend(tile->key, tile->steps);
+      query.advance();
+      const Tile* next = nullptr;
+      if constexpr (kAhead) {
+        next = &next_tile();
+        start(next->steps > 0);
+      }
       rows.finish(scale);
-      if constexpr (kPast) merge(tile, row0);
-      rows.template store<T>(p, tile, consumer * kRows + row0);
+      if constexpr (kPast) merge(*tile, row0);
+      rows.template store<T>(p, *tile, consumer * kRows + row0);
+      tile = kAhead ? next : &next_tile();
     }
+    wgmma_wait<0>();
   }
 
   __device__ __forceinline__ void merge(const Tile& tile, int row0) {
-    const int stages = memory.past.stages[consumer][stage.slot].stages;
+    const int stages = memory.past.stages[consumer][stage.slot()].stages;
     for (int i = 0; i < max(stages, 1); ++i) {
-      mbarrier_wait(shared_address(&memory.past.full[consumer][stage.slot]), stage.phase);
-      const auto& from = memory.past.stages[consumer][stage.slot];
+      mbarrier_wait(shared_address(&memory.past.full[consumer][stage.slot()]), stage.phase());
+      const auto& from = memory.past.stages[consumer][stage.slot()];
       if (stages > 0) merge_stage<T>(rows, from, row0, p, schedule, tile, consumer * kRows + row0, scale);
       __syncwarp();
-      arrive(&memory.past.empty[consumer][stage.slot]);
+      arrive(&memory.past.empty[consumer][stage.slot()]);
       stage.advance();
     }
   }

@@ -8,21 +8,16 @@
 
 namespace moba::cuda::sm90::current {
 
-// One producer warpgroup, then two consumer warpgroups of 64 queries each. A kernel of 384 threads starts with 168
-// registers each; what the producer gives up is all that the consumers can get.
 constexpr int kWarpgroup = 128;
-constexpr int kConsumers = 2;
-constexpr int kThreads = kWarpgroup * (1 + kConsumers);
 
 constexpr int kRows = 64;  // of a consumer
-constexpr int kTileRows = kConsumers * kRows;
 constexpr int kKeys = 128;  // of one product
 // Consumers take turns at the tensor cores in tiles of so many key tiles; in shorter ones they would only wait.
 constexpr int kTurnSteps = 3;
 
-// Named barriers.
-constexpr int kTurnBarrier = 1;                          // one a consumer
-constexpr int kValuesBarrier = kTurnBarrier + kConsumers;  // one a consumer
+// Named barriers, one a consumer.
+constexpr int kTurnBarrier = 1;
+constexpr int kValuesBarrier = 4;
 
 // Queries that follow each other, of one sequence of a unit. Positions and `key` count from the first key of the
 // sequence.
@@ -36,7 +31,7 @@ struct Tile {
 
 // One partial result of each row of a consumer, in the order of slots without those that hold none.
 template <int kHeadDim>
-struct Stage {
+struct alignas(16) Stage {
   unsigned char rows[kRows * kHeadDim * 2];
   float lse[kRows];         // minus infinity: none
   int32_t position[kRows];  // in the entries of the key head
@@ -45,7 +40,7 @@ struct Stage {
   int32_t stages;                    // of the tile; where it is 0, one stage is sent that holds nothing
 };
 
-template <int kHeadDim, int kStages>
+template <int kHeadDim, int kConsumers, int kStages>
 struct Past {
   Stage<kHeadDim> stages[kConsumers][kStages];
   uint64_t full[kConsumers][kStages], empty[kConsumers][kStages];
@@ -54,22 +49,31 @@ struct NoPast {};
 
 template <int kHeadDim, bool kPast>
 struct Plan {
+  // One producer warpgroup, then consumer warpgroups of 64 queries each. The kernel starts with kStartRegisters each;
+  // what the producer gives up is all that the consumers can get.
+  static constexpr int kConsumers = kHeadDim == 64 && !kPast ? 3 : 2;
+  static constexpr int kTileRows = kConsumers * kRows;
+  static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
+  static constexpr int kStartRegisters = kConsumers == 3 ? 128 : 168;
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kPast ? 72 : 40;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kPast ? 216 : 232;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= kStartRegisters * (1 + kConsumers));
+
   static constexpr int kPanels = kHeadDim / 64;
   static constexpr int kQueryBytes = kRows * kHeadDim * 2;
   static constexpr int kKeyBytes = kKeys * kHeadDim * 2;
+  // A consumer reads the description of a tile for longer than its queries: until it begins the next one.
+  static constexpr int kTiles = 4;
   static constexpr int kQuerySlots = kPast && kHeadDim == 128 ? 1 : 2;
   static constexpr int kKeySlots = kHeadDim == 128 ? 2 : 4;
   static constexpr int kStages = kHeadDim == 128 ? 2 : 3;
-  static constexpr int kProducerRegisters = kPast ? 72 : 40;
-  static constexpr int kConsumerRegisters = kPast ? 216 : 232;
-  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 168 * (1 + kConsumers));
 
   struct Memory {
     unsigned char keys[kKeySlots][kKeyBytes];
     unsigned char values[kKeySlots][kKeyBytes];
     unsigned char queries[kQuerySlots][kConsumers][kQueryBytes];
-    std::conditional_t<kPast, Past<kHeadDim, kStages>, NoPast> past;
-    Tile tiles[kQuerySlots];
+    std::conditional_t<kPast, Past<kHeadDim, kConsumers, kStages>, NoPast> past;
+    Tile tiles[kTiles];
     uint64_t query_full[kQuerySlots], query_empty[kQuerySlots];
     uint64_t key_full[kKeySlots], key_empty[kKeySlots];
     uint64_t value_full[kKeySlots], value_empty[kKeySlots];
@@ -77,18 +81,14 @@ struct Plan {
   static_assert(sizeof(Memory) <= 232448, "227 KiB of shared memory");
 };
 
-// A place in a ring of buffers with its barrier phase.
+// A place in a ring of buffers with its barrier phase, in one register.
 template <int kSlots>
 struct Ring {
-  int slot = 0;
-  uint32_t phase = 0;
+  uint32_t count = 0;
 
-  __device__ __forceinline__ void advance() {
-    if (++slot == kSlots) {
-      slot = 0;
-      phase ^= 1;
-    }
-  }
+  __device__ __forceinline__ uint32_t slot() const { return count % kSlots; }
+  __device__ __forceinline__ uint32_t phase() const { return count / kSlots & 1; }
+  __device__ __forceinline__ void advance() { ++count; }
 };
 
 }  // namespace moba::cuda::sm90::current

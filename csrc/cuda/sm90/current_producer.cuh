@@ -33,27 +33,27 @@ struct Loader {
     }
   }
   __device__ __forceinline__ void load_keys(int row, int head, int group) {
-    mbarrier_wait(shared_address(&memory.key_empty[key.slot]), key.phase ^ 1);
-    mbarrier_arrive_expect_tx(shared_address(&memory.key_full[key.slot]), P::kKeyBytes);
-    load<kKeys>(map_k, memory.keys[key.slot], &memory.key_full[key.slot], row, head, group);
+    mbarrier_wait(shared_address(&memory.key_empty[key.slot()]), key.phase() ^ 1);
+    mbarrier_arrive_expect_tx(shared_address(&memory.key_full[key.slot()]), P::kKeyBytes);
+    load<kKeys>(map_k, memory.keys[key.slot()], &memory.key_full[key.slot()], row, head, group);
     key.advance();
   }
   __device__ __forceinline__ void load_values(int row, int head, int group) {
-    mbarrier_wait(shared_address(&memory.value_empty[value.slot]), value.phase ^ 1);
-    mbarrier_arrive_expect_tx(shared_address(&memory.value_full[value.slot]), P::kKeyBytes);
-    load<kKeys>(map_v, memory.values[value.slot], &memory.value_full[value.slot], row, head, group);
+    mbarrier_wait(shared_address(&memory.value_empty[value.slot()]), value.phase() ^ 1);
+    mbarrier_arrive_expect_tx(shared_address(&memory.value_full[value.slot()]), P::kKeyBytes);
+    load<kKeys>(map_v, memory.values[value.slot()], &memory.value_full[value.slot()], row, head, group);
     value.advance();
   }
 
   __device__ __forceinline__ void run() {
-    for_each_tile(p.shape, schedule, [&](const Tile& tile) {
-      uint64_t* full = &memory.query_full[query.slot];
-      mbarrier_wait(shared_address(&memory.query_empty[query.slot]), query.phase ^ 1);
-      memory.tiles[query.slot] = tile;
-      mbarrier_arrive_expect_tx(shared_address(full), kConsumers * P::kQueryBytes);
+    for_each_tile<P::kTileRows>(p.shape, schedule, [&](const Tile& tile) {
+      uint64_t* full = &memory.query_full[query.slot()];
+      mbarrier_wait(shared_address(&memory.query_empty[query.slot()]), query.phase() ^ 1);
+      memory.tiles[query.count % P::kTiles] = tile;
+      mbarrier_arrive_expect_tx(shared_address(full), P::kConsumers * P::kQueryBytes);
       const int head = tile.unit % schedule.heads, group = tile.unit / schedule.heads;
-      for (int i = 0; i < kConsumers; ++i) {
-        load<kRows>(map_q, memory.queries[query.slot][i], full, tile.row + i * kRows, head, group);
+      for (int i = 0; i < P::kConsumers; ++i) {
+        load<kRows>(map_q, memory.queries[query.slot()][i], full, tile.row + i * kRows, head, group);
       }
       query.advance();
       // In the order of use: the values of a tile after the keys of the next.
@@ -66,9 +66,9 @@ struct Loader {
       }
       load_values(first, head_k, group);
     });
-    mbarrier_wait(shared_address(&memory.query_empty[query.slot]), query.phase ^ 1);
-    memory.tiles[query.slot].steps = 0;
-    mbarrier_arrive(shared_address(&memory.query_full[query.slot]));
+    mbarrier_wait(shared_address(&memory.query_empty[query.slot()]), query.phase() ^ 1);
+    memory.tiles[query.count % P::kTiles].steps = 0;
+    mbarrier_arrive(shared_address(&memory.query_full[query.slot()]));
   }
 };
 
@@ -158,9 +158,9 @@ struct Gatherer {
 #pragma unroll
       for (int half = 0; half < 2; ++half) position[half] = slots[half].take();
       __syncwarp();
-      Stage<kHeadDim>& stage = memory.past.stages[consumer][ring.slot];
-      const uint32_t full = shared_address(&memory.past.full[consumer][ring.slot]);
-      mbarrier_wait(shared_address(&memory.past.empty[consumer][ring.slot]), ring.phase ^ 1);
+      Stage<kHeadDim>& stage = memory.past.stages[consumer][ring.slot()];
+      const uint32_t full = shared_address(&memory.past.full[consumer][ring.slot()]);
+      mbarrier_wait(shared_address(&memory.past.empty[consumer][ring.slot()]), ring.phase() ^ 1);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = half * 32 + lane();
@@ -187,7 +187,7 @@ struct Gatherer {
   __device__ __forceinline__ void run() {
     Tile next;
     next.rows = 0;
-    for_each_tile(p.shape, schedule, [&](const Tile& tile) {
+    for_each_tile<P::kTileRows>(p.shape, schedule, [&](const Tile& tile) {
       prefetch_positions(tile);
       if (next.rows > 0) gather(next);
       next = tile;

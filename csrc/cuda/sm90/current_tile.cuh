@@ -36,6 +36,7 @@ __device__ __forceinline__ void for_each_share(const Schedule& schedule, F f) {
   }
 }
 
+template <int kTileRows>
 __device__ __forceinline__ Tile tile_at(const Shape& shape, const Schedule& schedule, int unit, int number) {
   Tile tile;
   tile.unit = unit;
@@ -59,10 +60,10 @@ __device__ __forceinline__ Tile tile_at(const Shape& shape, const Schedule& sche
 }
 
 // Calls f(tile) for the tiles of this CTA, which hold at least one row each.
-template <class F>
+template <int kTileRows, class F>
 __device__ __forceinline__ void for_each_tile(const Shape& shape, const Schedule& schedule, F f) {
   for_each_share(schedule, [&](int unit, int number) {
-    const Tile tile = tile_at(shape, schedule, unit, number);
+    const Tile tile = tile_at<kTileRows>(shape, schedule, unit, number);
     if (tile.rows > 0) f(tile);
   });
 }

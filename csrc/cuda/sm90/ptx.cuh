@@ -79,4 +79,29 @@ __device__ __forceinline__ void store_streaming(void* to, uint32_t a, uint32_t b
   asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
+// 4 bytes, or zero if `bytes` is 0.
+__device__ __forceinline__ void cp_async_4(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+// Among `threads` threads; barrier 0 is __syncthreads.
+template <int kBarrier, int kBarrierThreads>
+__device__ __forceinline__ void named_barrier_sync() {
+  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kBarrierThreads) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements in the layout of wgmma results; lane l gives the address of row l % 8 of matrix
+// l / 8.
+__device__ __forceinline__ void store_matrices(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
+}
+
+// Adds 16 bytes of float in memory; the order among threads is open.
+__device__ __forceinline__ void add_in_memory(float* to, float a, float b, float c, float d) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d)
+               : "memory");
+}
+
 }  // namespace moba::cuda::sm90

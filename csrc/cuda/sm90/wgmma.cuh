@@ -123,6 +123,59 @@ MOBA_DEFINE_WGMMA_REGISTERS(wgmma_registers_t, "0", MOBA_INOUT)
 MOBA_DEFINE_WGMMA_REGISTERS(wgmma_registers_t_first, "0", MOBA_OUT)
 #undef MOBA_DEFINE_WGMMA_REGISTERS
 
+#define MOBA_REGISTERS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define MOBA_INOUT_16(d, i) MOBA_INOUT_8(d, i), MOBA_INOUT_8(d, i + 8)
+#define MOBA_WGMMA_CROSSED(N, COUNT, TYPE, A, B, P)                                                              \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\nwgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE \
+               "." TYPE " {" MOBA_REGISTERS_##COUNT "}, " A ", " B ", p, 1, 1, 0, 1;\n}"                         \
+               : MOBA_INOUT_##COUNT(d, 0)                                                                        \
+               : "l"(a), "l"(b), "r"(accumulate))
+#define MOBA_WGMMA_TRANSPOSED(N, COUNT, TYPE, A, B, P)                                                           \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\nwgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE \
+               "." TYPE " {" MOBA_REGISTERS_##COUNT "}, " A ", " B ", p, 1, 1, 1, 1;\n}"                         \
+               : MOBA_INOUT_##COUNT(d, 0)                                                                        \
+               : "l"(a), "l"(b), "r"(accumulate))
+
+// d (+)= A B: A [64, 16] and B [16, N] in shared memory, A contiguous along the 16 and B along N.
+template <class T>
+__device__ __forceinline__ void wgmma_crossed(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    MOBA_WGMMA_CROSSED("128", 64, "bf16", "%64", "%65", "%66");
+  } else {
+    MOBA_WGMMA_CROSSED("128", 64, "f16", "%64", "%65", "%66");
+  }
+}
+template <class T>
+__device__ __forceinline__ void wgmma_crossed(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    MOBA_WGMMA_CROSSED("64", 32, "bf16", "%32", "%33", "%34");
+  } else {
+    MOBA_WGMMA_CROSSED("64", 32, "f16", "%32", "%33", "%34");
+  }
+}
+
+// d (+)= A B: A [64, 16] and B [16, N] in shared memory, A contiguous along the 64 and B along N.
+template <class T>
+__device__ __forceinline__ void wgmma_transposed(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    MOBA_WGMMA_TRANSPOSED("64", 32, "bf16", "%32", "%33", "%34");
+  } else {
+    MOBA_WGMMA_TRANSPOSED("64", 32, "f16", "%32", "%33", "%34");
+  }
+}
+template <class T>
+__device__ __forceinline__ void wgmma_transposed(float (&d)[16], uint64_t a, uint64_t b, int accumulate) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    MOBA_WGMMA_TRANSPOSED("32", 16, "bf16", "%16", "%17", "%18");
+  } else {
+    MOBA_WGMMA_TRANSPOSED("32", 16, "f16", "%16", "%17", "%18");
+  }
+}
+
+#undef MOBA_REGISTERS_16
+#undef MOBA_INOUT_16
+#undef MOBA_WGMMA_CROSSED
+#undef MOBA_WGMMA_TRANSPOSED
 #undef MOBA_REGISTERS_32
 #undef MOBA_REGISTERS_64
 #undef MOBA_INOUT_8

@@ -1,0 +1,282 @@
+// A consumer warpgroup of the backward products: 64 keys of the tile times the queries that come through the ring.
+//
+// With S = K Q^T, P = exp(scale S - lse), dP = V dO^T and dS = P (dP - delta), all of them [keys, queries]: dV += P dO
+// and dK += dS Q with P and dS in registers, and dQ = dS^T K from shared memory, where each warpgroup computes half of
+// the columns for all keys. The products of a tile are spread so that the tensor cores have work while this warpgroup
+// exponentiates: S of the next tile and dK of this one are under way when it starts with the next.
+#pragma once
+
+#include "cuda/sm90/backward_store.cuh"
+
+namespace moba::cuda::sm90::backward {
+
+template <class T, int kHeadDim, bool kReduce>
+struct Consumer {
+  using M = Memory<kHeadDim>;
+  static constexpr int kScores = kQueryTile / 2, kSums = kHeadDim / 2, kQuery = kHeadDim / 4;
+
+  const BackwardParams& p;
+  const Workspace& work;
+  M& memory;
+  float scale;  // of the scores, for powers of 2
+
+  float scores[kScores], change[kScores], query[kHeadDim == 64 ? kQuery : 1];
+  float dk[kSums], dv[kSums];
+  uint32_t weights[kScores / 2];
+  Stage<M::kStages> stage;
+  int before;         // slot of the tile before, of the same item, or -1
+  uint32_t turn = 0;  // which half of memory.changes
+
+  // Read anew each time, so that what follows from it is computed anew too instead of being kept in registers, of which
+  // dk and dv leave few.
+  __device__ __forceinline__ int thread() const {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread - kWarpgroup;
+  }
+  __device__ __forceinline__ int group() const { return threadIdx.x / kWarpgroup - 1; }
+
+  __device__ __forceinline__ void arrive(uint64_t* barrier) {
+    if (thread() % 32 == 0) mbarrier_arrive(shared_address(barrier));
+  }
+
+  // The columns of dq that this warpgroup computes; they take the place of the changes where these have the same
+  // number.
+  __device__ __forceinline__ auto& dq() {
+    if constexpr (kHeadDim == 64) {
+      return query;
+    } else {
+      return change;
+    }
+  }
+
+  // to = (64 rows of keys or values) (queries or gradients)^T
+  __device__ __forceinline__ void multiply_columns(float (&to)[kScores], uint32_t rows, uint32_t tile) {
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 16; ++i) {
+      wgmma_shared<T>(to, descriptor(rows + i / 4 * M::kKeyPanel + i % 4 * 32, 16),
+                      descriptor(tile + i / 4 * M::kQueryPanel + i % 4 * 32, 16), i > 0);
+    }
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ void multiply_weights(uint32_t gradients, bool accumulate) {
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kQueryTile / 16; ++i) {
+      wgmma_registers<T>(dv, weights + 4 * i, descriptor(gradients + i * 16 * kPanelRowBytes, M::kQueryPanel),
+                         i > 0 || accumulate);
+    }
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ void multiply_queries(uint32_t changes_at, uint32_t queries, bool accumulate) {
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kQueryTile / 16; ++i) {
+      wgmma_crossed<T>(dk, descriptor(changes_at + group() * (64 * kPanelRowBytes) + i * 32, 16),
+                       descriptor(queries + i * 16 * kPanelRowBytes, M::kQueryPanel), i > 0 || accumulate);
+    }
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ void multiply_changes(uint32_t changes_at) {
+    const uint32_t keys = shared_address(memory.keys) + group() * (kHeadDim == 64 ? 64 : M::kKeyPanel);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kKeyTile / 16; ++i) {
+      wgmma_transposed<T>(dq(), descriptor(changes_at + i * 16 * kPanelRowBytes, 16),
+                          descriptor(keys + i * 16 * kPanelRowBytes, 16), i > 0);
+    }
+    wgmma_commit();
+  }
+
+  // Pairs that do not count.
+  __device__ __forceinline__ void mask(float (&values)[kScores], const Tile& tile, float with) {
+    const int lane = thread() % 32, key = thread() / 32 * 16 + lane / 4;
+    // Of this thread's two rows, the first query that counts.
+    const int first0 = key < tile.keys ? key - tile.shift : kQueryTile;
+    const int first1 = key + 8 < tile.keys ? key + 8 - tile.shift : kQueryTile;
+#pragma unroll
+    for (int i = 0; i < kScores / 4; ++i) {
+      const int column = 8 * i + 2 * (lane % 4);
+      if (column < first0) values[4 * i] = with;
+      if (column + 1 < first0) values[4 * i + 1] = with;
+      if (column < first1) values[4 * i + 2] = with;
+      if (column + 1 < first1) values[4 * i + 3] = with;
+    }
+  }
+
+  __device__ __forceinline__ void exponentiate(const Tile& tile) {
+    const float2* lse = reinterpret_cast<const float2*>(tile.lse) + thread() % 4;
+#pragma unroll
+    for (int i = 0; i < kScores / 4; ++i) {
+      const float2 base = lse[4 * i];
+      scores[4 * i] = exp2_approximate(fmaf(scores[4 * i], scale, -base.x));
+      scores[4 * i + 1] = exp2_approximate(fmaf(scores[4 * i + 1], scale, -base.y));
+      scores[4 * i + 2] = exp2_approximate(fmaf(scores[4 * i + 2], scale, -base.x));
+      scores[4 * i + 3] = exp2_approximate(fmaf(scores[4 * i + 3], scale, -base.y));
+    }
+  }
+
+  __device__ __forceinline__ void differentiate(const Tile& tile) {
+    const float2* delta = reinterpret_cast<const float2*>(tile.delta) + thread() % 4;
+#pragma unroll
+    for (int i = 0; i < kScores / 4; ++i) {
+      const float2 base = delta[4 * i];
+      change[4 * i] = scores[4 * i] * (change[4 * i] - base.x);
+      change[4 * i + 1] = scores[4 * i + 1] * (change[4 * i + 1] - base.y);
+      change[4 * i + 2] = scores[4 * i + 2] * (change[4 * i + 2] - base.x);
+      change[4 * i + 3] = scores[4 * i + 3] * (change[4 * i + 3] - base.y);
+    }
+  }
+
+  __device__ __forceinline__ void pack_weights() {
+#pragma unroll
+    for (int i = 0; i < kScores / 2; ++i) weights[i] = pack<T>(scores[2 * i], scores[2 * i + 1]);
+  }
+
+  // A row a key, swizzled, so that it is an operand that is contiguous along the queries.
+  __device__ __forceinline__ void store_changes(uint32_t changes_at) {
+    const int lane = thread() % 32, row = thread() / 32 * 16 + lane % 16;
+    const uint32_t to = changes_at + swizzled(row, lane / 16);
+#pragma unroll
+    for (int i = 0; i < kQueryTile / 16; ++i) {
+      uint32_t words[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) words[j] = pack<T>(change[8 * i + 2 * j], change[8 * i + 2 * j + 1]);
+      store_matrices(to ^ 32 * i, words[0], words[1], words[2], words[3]);
+    }
+  }
+
+  // One of this thread's two rows of dq.
+  template <int kHalf>
+  __device__ __forceinline__ void store_query(const Tile& tile) {
+    const auto& values = dq();
+    const int lane = thread() % 32;
+    const uint32_t row = tile.target[thread() % kWarpgroup / 32 * 16 + lane / 4 + 8 * kHalf];
+    if (row == kNobody) return;
+    const int column = group() * (kHeadDim / 2);
+    if constexpr (kReduce) {
+      float* to = work.sums + (tile.unit_k * heads_rows(p.shape) + row) * kHeadDim + column + lane % 4 * 4;
+#pragma unroll
+      for (int i = 0; i < kQuery / 8; ++i) {
+        const int at = 8 * i + 2 * kHalf;
+        add_in_memory(to + 16 * i, values[at], values[at + 1], values[at + 4], values[at + 5]);
+      }
+    } else {
+      T* to = static_cast<T*>(work.partials) +
+              ((tile.tile * p.lists.units_k.count + tile.unit_k) * partial_rows(p.shape) + row) * kHeadDim + column +
+              lane % 4 * 8;
+      const float factor = static_cast<float>(p.softmax_scale);
+#pragma unroll
+      for (int i = 0; i < kQuery / 16; ++i) {
+        uint32_t words[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int at = 4 * (4 * i + j) + 2 * kHalf;
+          words[j] = pack<T>(values[at] * factor, values[at + 1] * factor);
+        }
+        store_streaming(to + 32 * i, words[0], words[1], words[2], words[3]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_slab(const float (&sums)[kSums], int slab, int which) {
+    float4* to = slab_at<kHeadDim>(work.slabs, slab, which, thread());
+#pragma unroll
+    for (int i = 0; i < kSums / 4; ++i) {
+      to[i * kConsumerThreads] = make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
+    }
+  }
+
+  // One tile. dk of the tile before, in slot `before`, is still under way on entry; dk of this one on return.
+  __device__ __forceinline__ void step() {
+    const Tile& tile = memory.tiles[stage.slot];
+    multiply_scores();
+    multiply_change();
+    wgmma_wait<1>();
+    settle(scores);
+    if (before >= 0) arrive(&memory.empty[before]);
+    if (tile.masked) mask(scores, tile, -INFINITY);
+    exponentiate(tile);
+    pack_weights();
+    multiply_weights(shared_address(memory.gradients[stage.slot]), before >= 0);
+    wgmma_wait<1>();
+    settle(change);
+    differentiate(tile);
+    if (tile.masked) mask(change, tile, 0.f);
+    const uint32_t changes_at = shared_address(memory.changes[turn]);
+    turn ^= 1;
+    store_changes(changes_at);
+    fence_proxy_async();
+    named_barrier_sync<1, kConsumerThreads>();
+    multiply_changes(changes_at);
+    multiply_queries(changes_at, shared_address(memory.queries[stage.slot]), before >= 0);
+    wgmma_wait<1>();
+    settle(weights);
+    settle(dq());
+    store_query<0>(tile);
+    store_query<1>(tile);
+    before = stage.slot;
+    stage.advance();
+  }
+
+  __device__ __forceinline__ void multiply_scores() {
+    multiply_columns(scores, shared_address(memory.keys) + group() * (64 * kPanelRowBytes),
+                     shared_address(memory.queries[stage.slot]));
+  }
+  __device__ __forceinline__ void multiply_change() {
+    multiply_columns(change, shared_address(memory.values) + group() * (64 * kPanelRowBytes),
+                     shared_address(memory.gradients[stage.slot]));
+  }
+
+  __device__ __forceinline__ void run() {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) dk[i] = dv[i] = 0;
+    if constexpr (kHeadDim == 64) {
+#pragma unroll
+      for (int i = 0; i < kQuery; ++i) query[i] = 0;
+    }
+    for (uint32_t item = 0;; item ^= 1) {
+      mbarrier_wait(shared_address(&memory.full[stage.slot]), stage.phase);
+      if (memory.tiles[stage.slot].kind == kStop) return;
+      mbarrier_wait(shared_address(&memory.keys_full), item);
+      fence_proxy_async();  // cp.async wrote what the products read
+                            // Their old values do not count, and are not to be kept while dk and dv are stored.
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) scores[i] = change[i] = 0;
+      before = -1;
+      for (bool more = true; more;) {
+        more = memory.tiles[stage.slot].kind == kMore;
+        step();
+        if (more) {
+          mbarrier_wait(shared_address(&memory.full[stage.slot]), stage.phase);
+          fence_proxy_async();
+        }
+      }
+      wgmma_wait<0>();
+      settle(dk);
+      settle(dv);
+      arrive(&memory.keys_empty);
+      store_gradients(memory.tiles[before]);
+      arrive(&memory.empty[before]);
+    }
+  }
+
+  __device__ __forceinline__ void store_gradients(const Tile& tile) {
+    if (tile.slab >= 0) {
+      store_slab(dk, tile.slab, 0);
+      store_slab(dv, tile.slab, 1);
+      return;
+    }
+    if (!all_finite(dk) || !all_finite(dv)) work.counters->broken = 1;
+    const int64_t unit_k = p.lists.units_k.begin + tile.unit_k;
+    store_rows<T, kHeadDim>(dk, static_cast<float>(p.softmax_scale), p.dk, p.shape, unit_k, tile.key_begin, tile.keys,
+                            thread());
+    store_rows<T, kHeadDim>(dv, 1.f, p.dv, p.shape, unit_k, tile.key_begin, tile.keys, thread());
+  }
+};
+
+}  // namespace moba::cuda::sm90::backward

@@ -13,8 +13,8 @@ bool accepts_route(const Shape& shape, const Source& q, const Source& k, Dtype d
 
 // With one slot there is nothing to choose: launch_gate_topk reads neither q nor the means then.
 cudaError_t launch_block_means(const MeansParams& params, Dtype dtype, cudaStream_t stream);
-// GateParams::candidates is not used; all units are expected in one call. The means are read in boxes of 128 rows, which
-// may hold blocks that were never written, but never beyond the array.
+// GateParams::candidates is not used; all units are expected in one call. The means are read in boxes of 128 rows,
+// which may hold blocks that were never written, but never beyond the array.
 cudaError_t launch_gate_topk(const GateParams& params, Dtype dtype, cudaStream_t stream);
 
 }  // namespace moba::cuda::sm90

@@ -1,6 +1,6 @@
-#include "cuda/sm90/tensor_map.h"
-
 #include <cudaTypedefs.h>
+
+#include "cuda/sm90/tensor_map.h"
 
 namespace moba::cuda::sm90 {
 namespace {

@@ -30,6 +30,11 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t panel_
          static_cast<uint64_t>(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 
+// The same operand `bytes` further on, a multiple of 16.
+__device__ __forceinline__ uint64_t moved(uint64_t descriptor, int bytes) {
+  return (descriptor & 0xffffffff00000000) | (static_cast<uint32_t>(descriptor) + static_cast<uint32_t>(bytes >> 4));
+}
+
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Until at most kPending of the committed groups are under way.
@@ -194,11 +199,6 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   }
   return packed;
-}
-
-// The same operand `bytes` further on, a multiple of 16.
-__device__ __forceinline__ uint64_t moved(uint64_t descriptor, int bytes) {
-  return (descriptor & 0xffffffff00000000) | (static_cast<uint32_t>(descriptor) + static_cast<uint32_t>(bytes >> 4));
 }
 
 }  // namespace moba::cuda::sm90

@@ -24,7 +24,6 @@ struct Consumer {
   float dk[kSums], dv[kSums];
   uint32_t weights[kScores / 2];
   Stage<M::kStages> stage;
-  int before;         // slot of the tile before, of the same item, or -1
   uint32_t turn = 0;  // which half of memory.changes
 
   // Read anew each time, so that what follows from it is computed anew too instead of being kept in registers, of which
@@ -38,6 +37,12 @@ struct Consumer {
 
   __device__ __forceinline__ void arrive(uint64_t* barrier) {
     if (thread() % 32 == 0) mbarrier_arrive(shared_address(barrier));
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void clear(float (&values)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = 0;
   }
 
   // The columns of dq that this warpgroup computes; they take the place of the changes where these have the same
@@ -61,22 +66,21 @@ struct Consumer {
     wgmma_commit();
   }
 
-  __device__ __forceinline__ void multiply_weights(uint32_t gradients, bool accumulate) {
+  __device__ __forceinline__ void multiply_weights(uint32_t gradients) {
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kQueryTile / 16; ++i) {
-      wgmma_registers<T>(dv, weights + 4 * i, descriptor(gradients + i * 16 * kPanelRowBytes, M::kQueryPanel),
-                         i > 0 || accumulate);
+      wgmma_registers<T>(dv, weights + 4 * i, descriptor(gradients + i * 16 * kPanelRowBytes, M::kQueryPanel), true);
     }
     wgmma_commit();
   }
 
-  __device__ __forceinline__ void multiply_queries(uint32_t changes_at, uint32_t queries, bool accumulate) {
+  __device__ __forceinline__ void multiply_queries(uint32_t changes_at, uint32_t queries) {
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kQueryTile / 16; ++i) {
       wgmma_crossed<T>(dk, descriptor(changes_at + group() * (64 * kPanelRowBytes) + i * 32, 16),
-                       descriptor(queries + i * 16 * kPanelRowBytes, M::kQueryPanel), i > 0 || accumulate);
+                       descriptor(queries + i * 16 * kPanelRowBytes, M::kQueryPanel), true);
     }
     wgmma_commit();
   }
@@ -150,36 +154,69 @@ struct Consumer {
     }
   }
 
-  // One of this thread's two rows of dq.
+  // dq of a tile. In sums, lanes 16 apart exchange halves of what they hold of their rows, so that eight lanes add to
+  // 128 bytes in one place.
+  __device__ __forceinline__ void store_queries(const Tile& tile) {
+    if constexpr (kReduce) {
+      add_rows<0>(tile);
+      add_rows<1>(tile);
+    } else {
+      store_row<0>(tile);
+      store_row<1>(tile);
+    }
+  }
+
   template <int kHalf>
-  __device__ __forceinline__ void store_query(const Tile& tile) {
+  __device__ __forceinline__ void add_rows(const Tile& tile) {
+    const auto& values = dq();
+    const int lane = thread() % 32;
+    const bool high = lane & 16;
+    const uint32_t* targets = tile.target + thread() % kWarpgroup / 32 * 16 + lane % 16 / 4 + 8 * kHalf;
+    float* sums = work.sums + tile.unit_k * heads_rows(p.shape) * kHeadDim + group() * (kHeadDim / 2) +
+                  (high ? 16 : 0) + lane % 4 * 4;
+    float* low_row = sums + static_cast<int64_t>(targets[0]) * kHeadDim;
+    float* high_row = sums + static_cast<int64_t>(targets[4]) * kHeadDim;
+    const bool low_exists = targets[0] != kNobody, high_exists = targets[4] != kNobody;
+#pragma unroll
+    for (int i = 0; i < kQuery / 16; ++i) {
+      float own[4], other[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int at = 16 * i + 2 * kHalf + j % 2 + j / 2 * 4;
+        own[j] = high ? values[at + 8] : values[at];
+        other[j] = __shfl_xor_sync(0xffffffffu, high ? values[at] : values[at + 8], 16);
+      }
+      if (low_exists) {
+        add_in_memory(low_row + 32 * i, high ? other[0] : own[0], high ? other[1] : own[1], high ? other[2] : own[2],
+                      high ? other[3] : own[3]);
+      }
+      if (high_exists) {
+        add_in_memory(high_row + 32 * i, high ? own[0] : other[0], high ? own[1] : other[1], high ? own[2] : other[2],
+                      high ? own[3] : other[3]);
+      }
+    }
+  }
+
+  // One of this thread's two rows.
+  template <int kHalf>
+  __device__ __forceinline__ void store_row(const Tile& tile) {
     const auto& values = dq();
     const int lane = thread() % 32;
     const uint32_t row = tile.target[thread() % kWarpgroup / 32 * 16 + lane / 4 + 8 * kHalf];
     if (row == kNobody) return;
-    const int column = group() * (kHeadDim / 2);
-    if constexpr (kReduce) {
-      float* to = work.sums + (tile.unit_k * heads_rows(p.shape) + row) * kHeadDim + column + lane % 4 * 4;
+    T* to = static_cast<T*>(work.partials) +
+            ((tile.tile * p.lists.units_k.count + tile.unit_k) * partial_rows(p.shape) + row) * kHeadDim +
+            group() * (kHeadDim / 2) + lane % 4 * 8;
+    const float factor = static_cast<float>(p.softmax_scale);
 #pragma unroll
-      for (int i = 0; i < kQuery / 8; ++i) {
-        const int at = 8 * i + 2 * kHalf;
-        add_in_memory(to + 16 * i, values[at], values[at + 1], values[at + 4], values[at + 5]);
+    for (int i = 0; i < kQuery / 16; ++i) {
+      uint32_t words[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int at = 4 * (4 * i + j) + 2 * kHalf;
+        words[j] = pack<T>(values[at] * factor, values[at + 1] * factor);
       }
-    } else {
-      T* to = static_cast<T*>(work.partials) +
-              ((tile.tile * p.lists.units_k.count + tile.unit_k) * partial_rows(p.shape) + row) * kHeadDim + column +
-              lane % 4 * 8;
-      const float factor = static_cast<float>(p.softmax_scale);
-#pragma unroll
-      for (int i = 0; i < kQuery / 16; ++i) {
-        uint32_t words[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int at = 4 * (4 * i + j) + 2 * kHalf;
-          words[j] = pack<T>(values[at] * factor, values[at + 1] * factor);
-        }
-        store_streaming(to + 32 * i, words[0], words[1], words[2], words[3]);
-      }
+      store_streaming(to + 32 * i, words[0], words[1], words[2], words[3]);
     }
   }
 
@@ -191,36 +228,62 @@ struct Consumer {
     }
   }
 
-  // One tile. dk of the tile before, in slot `before`, is still under way on entry; dk of this one on return.
-  __device__ __forceinline__ void step() {
+  // Everything that comes before dq and dk of a tile. On entry its scores and then its change are the last products but
+  // kBetween under way; on return its dv is.
+  template <int kBetween>
+  __device__ __forceinline__ void first_half(int done) {
     const Tile& tile = memory.tiles[stage.slot];
-    multiply_scores();
-    multiply_change();
-    wgmma_wait<1>();
+    wgmma_wait<1 + kBetween>();
     settle(scores);
-    if (before >= 0) arrive(&memory.empty[before]);
     if (tile.masked) mask(scores, tile, -INFINITY);
     exponentiate(tile);
+    if (kBetween > 0) {
+      wgmma_wait<1>();  // dk of the tile before
+      arrive(&memory.empty[done]);
+    }
     pack_weights();
-    multiply_weights(shared_address(memory.gradients[stage.slot]), before >= 0);
+    multiply_weights(shared_address(memory.gradients[stage.slot]));
     wgmma_wait<1>();
     settle(change);
     differentiate(tile);
     if (tile.masked) mask(change, tile, 0.f);
-    const uint32_t changes_at = shared_address(memory.changes[turn]);
-    turn ^= 1;
-    store_changes(changes_at);
+    store_changes(shared_address(memory.changes[turn]));
     fence_proxy_async();
     named_barrier_sync<1, kConsumerThreads>();
+  }
+
+  // dq and dk of a tile, and the first half of the next one.
+  __device__ __forceinline__ void step() {
+    const int done = stage.slot;
+    const uint32_t changes_at = shared_address(memory.changes[turn]);
+    turn ^= 1;
     multiply_changes(changes_at);
-    multiply_queries(changes_at, shared_address(memory.queries[stage.slot]), before >= 0);
+    stage.advance();
+    mbarrier_wait(shared_address(&memory.full[stage.slot]), stage.phase);
+    fence_proxy_async();  // cp.async wrote what the products read
+    multiply_scores();
+    multiply_queries(changes_at, shared_address(memory.queries[done]));
+    wgmma_wait<2>();  // dv and dq
+    settle(weights);
+    settle(dq());
+    store_queries(memory.tiles[done]);
+    multiply_change();
+    first_half<1>(done);
+  }
+
+  // dq and dk of the last tile of an item.
+  __device__ __forceinline__ void finish() {
+    const uint32_t changes_at = shared_address(memory.changes[turn]);
+    turn ^= 1;
+    multiply_changes(changes_at);
+    multiply_queries(changes_at, shared_address(memory.queries[stage.slot]));
     wgmma_wait<1>();
     settle(weights);
     settle(dq());
-    store_query<0>(tile);
-    store_query<1>(tile);
-    before = stage.slot;
-    stage.advance();
+    store_queries(memory.tiles[stage.slot]);
+    wgmma_wait<0>();
+    settle(dk);
+    settle(dv);
   }
 
   __device__ __forceinline__ void multiply_scores() {
@@ -233,35 +296,25 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void run() {
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) dk[i] = dv[i] = 0;
-    if constexpr (kHeadDim == 64) {
-#pragma unroll
-      for (int i = 0; i < kQuery; ++i) query[i] = 0;
-    }
     for (uint32_t item = 0;; item ^= 1) {
       mbarrier_wait(shared_address(&memory.full[stage.slot]), stage.phase);
       if (memory.tiles[stage.slot].kind == kStop) return;
       mbarrier_wait(shared_address(&memory.keys_full), item);
-      fence_proxy_async();  // cp.async wrote what the products read
-                            // Their old values do not count, and are not to be kept while dk and dv are stored.
-#pragma unroll
-      for (int i = 0; i < kScores; ++i) scores[i] = change[i] = 0;
-      before = -1;
-      for (bool more = true; more;) {
-        more = memory.tiles[stage.slot].kind == kMore;
-        step();
-        if (more) {
-          mbarrier_wait(shared_address(&memory.full[stage.slot]), stage.phase);
-          fence_proxy_async();
-        }
-      }
-      wgmma_wait<0>();
-      settle(dk);
-      settle(dv);
+      fence_proxy_async();
+      clear(scores);
+      clear(change);
+      clear(query);
+      clear(dk);
+      clear(dv);
+      multiply_scores();
+      multiply_change();
+      first_half<0>(0);
+      while (memory.tiles[stage.slot].kind == kMore) step();
+      finish();
       arrive(&memory.keys_empty);
-      store_gradients(memory.tiles[before]);
-      arrive(&memory.empty[before]);
+      store_gradients(memory.tiles[stage.slot]);
+      arrive(&memory.empty[stage.slot]);
+      stage.advance();
     }
   }
 

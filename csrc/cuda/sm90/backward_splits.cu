@@ -9,27 +9,24 @@ template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kConsumerThreads)
     splits_kernel(const __grid_constant__ BackwardParams p, Workspace work) {
   const int splits = work.counters->splits;
-  for (int split = blockIdx.x; split < splits; split += gridDim.x) {
-    const Item item = work.splits[split];
-    const int64_t unit_k = p.lists.units_k.begin + item.unit_k;
-#pragma unroll 1
-    for (int which = 0; which < 2; ++which) {
-      float sums[kHeadDim / 2] = {};
-      for (int share = 0; share < item.shares; ++share) {
-        const float4* from = slab_at<kHeadDim>(work.slabs, item.slab + share, which, threadIdx.x);
+  for (int i = blockIdx.x; i < 2 * splits; i += gridDim.x) {
+    const Item item = work.splits[i / 2];
+    const int which = i % 2;  // dk or dv
+    float sums[kHeadDim / 2] = {};
+    for (int share = 0; share < item.shares; ++share) {
+      const float4* from = slab_at<kHeadDim>(work.slabs, item.slab + share, which, threadIdx.x);
 #pragma unroll
-        for (int i = 0; i < kHeadDim / 8; ++i) {
-          const float4 part = from[i * kConsumerThreads];
-          sums[4 * i] += part.x;
-          sums[4 * i + 1] += part.y;
-          sums[4 * i + 2] += part.z;
-          sums[4 * i + 3] += part.w;
-        }
+      for (int j = 0; j < kHeadDim / 8; ++j) {
+        const float4 part = from[j * kConsumerThreads];
+        sums[4 * j] += part.x;
+        sums[4 * j + 1] += part.y;
+        sums[4 * j + 2] += part.z;
+        sums[4 * j + 3] += part.w;
       }
-      if (!all_finite(sums)) work.counters->broken = 1;
-      store_rows<T, kHeadDim>(sums, which == 0 ? static_cast<float>(p.softmax_scale) : 1.f, which == 0 ? p.dk : p.dv,
-                              p.shape, unit_k, item.key_begin, item.keys, threadIdx.x);
     }
+    if (!all_finite(sums)) work.counters->broken = 1;
+    store_rows<T, kHeadDim>(sums, which == 0 ? static_cast<float>(p.softmax_scale) : 1.f, which == 0 ? p.dk : p.dv,
+                            p.shape, p.lists.units_k.begin + item.unit_k, item.key_begin, item.keys, threadIdx.x);
   }
 }
 

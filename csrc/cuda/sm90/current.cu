@@ -4,6 +4,7 @@
 #include <cudaTypedefs.h>
 
 #include <algorithm>
+#include <numeric>
 
 #include "cuda/portable/numeric.cuh"
 #include "cuda/sm90/current_plan.h"
@@ -55,7 +56,7 @@ cudaError_t make_map(CUtensorMap& map, const Source& source, const Shape& shape,
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Without tiles where there are too many to count.
-Schedule make_schedule(const CurrentParams& p, int64_t tile_rows) {
+Schedule make_schedule(const CurrentParams& p, int64_t tile_rows, int64_t processors) {
   const Shape& shape = p.shape;
   const bool packed = shape.cu_seqlens_q != nullptr;
   const int64_t group = shape.heads_per_key_head();
@@ -64,7 +65,9 @@ Schedule make_schedule(const CurrentParams& p, int64_t tile_rows) {
   const int64_t segments = ceil_divide(tiles, span);
   const int64_t units = p.lists.units_k.count * group;
   const int64_t segment_bytes = std::min(shape.block_size, shape.keys) * shape.head_dim * 4;
-  const int64_t together = std::max(kTogether, kTogetherBytes / segment_bytes);
+  // If that is not far off, as many as give all CTAs the same number of tiles.
+  const int64_t wanted = std::max(kTogether, kTogetherBytes / segment_bytes);
+  const int64_t together = wanted - wanted % std::min(wanted, processors / std::gcd(processors, span));
   if (units * segments * span > INT32_MAX || shape.keys > INT32_MAX - kKeys) return {};
   return {
       .tiles = static_cast<int>(tiles),
@@ -85,14 +88,16 @@ Schedule make_schedule(const CurrentParams& p, int64_t tile_rows) {
 
 template <class F>
 cudaError_t with_kernel(const CurrentParams& p, Dtype dtype, F f) {
-  const auto by_past = [&](auto type, auto head_dim) {
+  const auto by_mode = [&](auto type, auto head_dim) {
     using T = typename decltype(type)::type;
     constexpr int kHeadDim = decltype(head_dim)::value;
-    return p.lists.positions != nullptr ? f(Current<T, kHeadDim, true>{}) : f(Current<T, kHeadDim, false>{});
+    if (p.lists.positions == nullptr) return f(Current<T, kHeadDim, Mode::kDense>{});
+    return p.shape.block_size <= kKeys ? f(Current<T, kHeadDim, Mode::kShort>{})
+                                       : f(Current<T, kHeadDim, Mode::kLong>{});
   };
   const auto by_head_dim = [&](auto type) {
-    return p.shape.head_dim == 64 ? by_past(type, std::integral_constant<int, 64>{})
-                                  : by_past(type, std::integral_constant<int, 128>{});
+    return p.shape.head_dim == 64 ? by_mode(type, std::integral_constant<int, 64>{})
+                                  : by_mode(type, std::integral_constant<int, 128>{});
   };
   return dtype == Dtype::kHalf ? by_head_dim(Type<__half>{}) : by_head_dim(Type<__nv_bfloat16>{});
 }
@@ -113,7 +118,7 @@ cudaError_t launch_current(const CurrentParams& p, Dtype dtype, cudaStream_t str
   if (status != cudaSuccess) return status;
   return with_kernel(p, dtype, [&](auto kernel) {
     using Kernel = decltype(kernel);
-    const Schedule schedule = make_schedule(p, Kernel::kTileRows);
+    const Schedule schedule = make_schedule(p, Kernel::kTileRows, processors);
     if (schedule.tiles == 0) return cudaErrorInvalidValue;
     const unsigned grid = static_cast<unsigned>(std::min(processors, schedule.units * schedule.tiles));
     return Kernel::launch(p, map_q, map_k, map_v, schedule, grid, stream);

@@ -6,13 +6,13 @@
 
 namespace moba::cuda::sm90::current {
 
-template <class T, int kHeadDim, bool kPast>
-__global__ void __launch_bounds__(Plan<kHeadDim, kPast>::kThreads, 1)
+template <class T, int kHeadDim, Mode kMode>
+__global__ void __launch_bounds__(Plan<kHeadDim, kMode>::kThreads, 1)
     current_kernel(const __grid_constant__ CurrentParams p, const __grid_constant__ CUtensorMap map_q,
                    const __grid_constant__ CUtensorMap map_k, const __grid_constant__ CUtensorMap map_v,
                    const __grid_constant__ Schedule schedule) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using P = Plan<kHeadDim, kPast>;
+  using P = Plan<kHeadDim, kMode>;
   constexpr int kWarps = P::kConsumers * kWarpgroup / 32;
   extern __shared__ __align__(1024) unsigned char dynamic_memory[];
   auto& memory = *reinterpret_cast<typename P::Memory*>(dynamic_memory);
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(Plan<kHeadDim, kPast>::kThreads, 1)
       mbarrier_init(shared_address(&memory.value_full[i]), 1);
       mbarrier_init(shared_address(&memory.value_empty[i]), kWarps);
     }
-    if constexpr (kPast) {
+    if constexpr (P::kPast) {
       for (int i = 0; i < P::kConsumers * P::kStages; ++i) {
         mbarrier_init(shared_address(&memory.past.full[0][0] + i), 32 + 1);
         mbarrier_init(shared_address(&memory.past.empty[0][0] + i), kWarpgroup / 32);
@@ -42,41 +42,41 @@ __global__ void __launch_bounds__(Plan<kHeadDim, kPast>::kThreads, 1)
     const int warp = threadIdx.x / 32;
     if (warp == 0) {
       if (threadIdx.x == 0) {
-        Loader<kHeadDim, kPast> loader{p, schedule, &map_q, &map_k, &map_v, memory};
+        Loader<kHeadDim, kMode> loader{p, schedule, &map_q, &map_k, &map_v, memory};
         loader.run();
       }
-    } else if (kPast && warp <= P::kConsumers) {
-      if constexpr (kPast) {
-        Gatherer<T, kHeadDim> gatherer{p, schedule, memory, warp - 1};
+    } else if (P::kPast && warp <= P::kConsumers) {
+      if constexpr (P::kPast) {
+        Gatherer<T, kHeadDim, kMode> gatherer{p, schedule, memory, warp - 1};
         gatherer.run();
       }
     }
   } else {
     setmaxnreg_increase<P::kConsumerRegisters>();
-    Consumer<T, kHeadDim, kPast> consumer{p, schedule, memory, warpgroup - 1,
+    Consumer<T, kHeadDim, kMode> consumer{p, schedule, memory, warpgroup - 1,
                                           static_cast<float>(p.softmax_scale) * kLog2e};
     consumer.run();
   }
 #endif
 }
 
-template <class T, int kHeadDim, bool kPast>
-bool Current<T, kHeadDim, kPast>::built() {
+template <class T, int kHeadDim, Mode kMode>
+bool Current<T, kHeadDim, kMode>::built() {
   cudaFuncAttributes attributes;
-  if (cudaFuncGetAttributes(&attributes, current_kernel<T, kHeadDim, kPast>) != cudaSuccess) {
+  if (cudaFuncGetAttributes(&attributes, current_kernel<T, kHeadDim, kMode>) != cudaSuccess) {
     cudaGetLastError();  // not an error of the caller's
     return false;
   }
   return attributes.numRegs > 64;  // elsewhere the kernel is empty
 }
 
-template <class T, int kHeadDim, bool kPast>
-cudaError_t Current<T, kHeadDim, kPast>::launch(const CurrentParams& p, const CUtensorMap& map_q,
+template <class T, int kHeadDim, Mode kMode>
+cudaError_t Current<T, kHeadDim, kMode>::launch(const CurrentParams& p, const CUtensorMap& map_q,
                                                 const CUtensorMap& map_k, const CUtensorMap& map_v,
                                                 const Schedule& schedule, unsigned grid, cudaStream_t stream) {
-  using P = Plan<kHeadDim, kPast>;
+  using P = Plan<kHeadDim, kMode>;
   constexpr int kBytes = sizeof(typename P::Memory);
-  const auto kernel = current_kernel<T, kHeadDim, kPast>;
+  const auto kernel = current_kernel<T, kHeadDim, kMode>;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
   kernel<<<grid, P::kThreads, kBytes, stream>>>(p, map_q, map_k, map_v, schedule);

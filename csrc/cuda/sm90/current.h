@@ -26,10 +26,9 @@ struct Schedule {
   int rows, keys, block_size, slots;
 };
 
-// kPast: whether there are partial results to merge.
-template <class T, int kHeadDim, bool kPast>
+template <class T, int kHeadDim, Mode kMode>
 struct Current {
-  static constexpr int kTileRows = Plan<kHeadDim, kPast>::kTileRows;
+  static constexpr int kTileRows = Plan<kHeadDim, kMode>::kTileRows;
   // Whether this build has the code, which exists for sm_90a only.
   static bool built();
   static cudaError_t launch(const CurrentParams& p, const CUtensorMap& map_q, const CUtensorMap& map_k,

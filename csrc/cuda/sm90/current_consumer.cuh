@@ -12,9 +12,10 @@
 
 namespace moba::cuda::sm90::current {
 
-template <class T, int kHeadDim, bool kPast>
+template <class T, int kHeadDim, Mode kMode>
 struct Consumer {
-  using P = Plan<kHeadDim, kPast>;
+  using P = Plan<kHeadDim, kMode>;
+  static constexpr bool kPast = P::kPast;
   static constexpr int kScores = kKeys / 2;
   static constexpr int kKeyPanel = kKeys * kPanelRowBytes, kQueryPanel = kRows * kPanelRowBytes;
 
@@ -181,7 +182,7 @@ struct Consumer {
     for (int i = 0; i < max(stages, 1); ++i) {
       mbarrier_wait(shared_address(&memory.past.full[consumer][stage.slot()]), stage.phase());
       const auto& from = memory.past.stages[consumer][stage.slot()];
-      if (stages > 0) merge_stage<T>(rows, from, row0, p, schedule, tile, consumer * kRows + row0, scale);
+      if (stages > 0) merge_stage<T>(rows, from, i, row0, p, schedule, tile, consumer * kRows + row0, scale);
       __syncwarp();
       arrive(&memory.past.empty[consumer][stage.slot()]);
       stage.advance();

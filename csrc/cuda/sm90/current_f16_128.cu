@@ -2,7 +2,8 @@
 
 namespace moba::cuda::sm90::current {
 
-template struct Current<__half, 128, false>;
-template struct Current<__half, 128, true>;
+template struct Current<__half, 128, Mode::kDense>;
+template struct Current<__half, 128, Mode::kShort>;
+template struct Current<__half, 128, Mode::kLong>;
 
 }  // namespace moba::cuda::sm90::current

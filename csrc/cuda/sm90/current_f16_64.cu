@@ -2,7 +2,8 @@
 
 namespace moba::cuda::sm90::current {
 
-template struct Current<__half, 64, false>;
-template struct Current<__half, 64, true>;
+template struct Current<__half, 64, Mode::kDense>;
+template struct Current<__half, 64, Mode::kShort>;
+template struct Current<__half, 64, Mode::kLong>;
 
 }  // namespace moba::cuda::sm90::current

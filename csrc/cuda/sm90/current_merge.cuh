@@ -25,14 +25,17 @@ __device__ __forceinline__ int block_of_entry(const int32_t* list_begin, int blo
 }
 
 // out += the values of a past block, weighted by 2^(scaled score - base), for one of the two rows of the four lanes that
-// hold it.
+// hold it. `number`: of the partial result in the row.
 template <class T, int kHalf, int kHeadDim>
 __device__ __forceinline__ void attend_block(Rows<kHeadDim>& rows, const CurrentParams& p, const Schedule& schedule,
-                                             int unit, int row, int entry, float scale, float base) {
+                                             int unit, int row, int number, float scale, float base) {
   const unsigned quad = 0xfu << (lane() & ~3);
   const int64_t unit_k = unit / schedule.heads_per_key_head;
   const int64_t local = (unit - schedule.unit_begin) / schedule.heads_per_key_head;
   const int blocks = static_cast<int>(p.shape.blocks());
+  const int32_t* position = p.lists.positions + ((unit - schedule.unit_begin) * p.shape.rows + row) * schedule.slots;
+  int entry = __ldg(position);
+  while (entry < 0 || number-- > 0) entry = __ldg(++position);
   const Block block =
       block_at(p.shape, block_of_entry(p.lists.list_begin + local * (blocks + 1), blocks, entry));
   const T* q = unit_base<T>(p.q, unit, p.shape.heads) + row * p.q.row;
@@ -59,8 +62,8 @@ __device__ __forceinline__ void attend_block(Rows<kHeadDim>& rows, const Current
 
 // One of the two rows; `row0`: in the stage, as the other is 8 rows below. `row`: of the unit.
 template <class T, int kHalf, int kHeadDim>
-__device__ __forceinline__ void merge_row(Rows<kHeadDim>& rows, const Stage<kHeadDim>& stage, int row0,
-                                          const CurrentParams& p, const Schedule& schedule, int unit, int row,
+__device__ __forceinline__ void merge_row(Rows<kHeadDim>& rows, const Stage<kHeadDim>& stage, int number,
+                                          int row0, const CurrentParams& p, const Schedule& schedule, int unit, int row,
                                           float scale) {
   const float lse = stage.lse[row0 + 8 * kHalf];
   const float largest = fmaxf(rows.largest[kHalf], lse);
@@ -88,7 +91,7 @@ __device__ __forceinline__ void merge_row(Rows<kHeadDim>& rows, const Stage<kHea
 #pragma unroll
       for (int i = 0; i < kHeadDim / 32; ++i) parts[i] = make_uint4(0, 0, 0, 0);
       rows.rescale(kHalf == 0 ? make_float2(shrink, 1.f) : make_float2(1.f, shrink));
-      attend_block<T, kHalf>(rows, p, schedule, unit, row + 8 * kHalf, stage.position[row0 + 8 * kHalf], scale, base);
+      attend_block<T, kHalf>(rows, p, schedule, unit, row + 8 * kHalf, number, scale, base);
       return;
     }
   }
@@ -106,12 +109,12 @@ __device__ __forceinline__ void merge_row(Rows<kHeadDim>& rows, const Stage<kHea
 }
 
 template <class T, int kHeadDim>
-__device__ __forceinline__ void merge_stage(Rows<kHeadDim>& rows, const Stage<kHeadDim>& stage, int row0,
-                                            const CurrentParams& p, const Schedule& schedule, const Tile& tile,
+__device__ __forceinline__ void merge_stage(Rows<kHeadDim>& rows, const Stage<kHeadDim>& stage, int number,
+                                            int row0, const CurrentParams& p, const Schedule& schedule, const Tile& tile,
                                             int row_in_tile, float scale) {
   const int row = tile.row + row_in_tile;
-  merge_row<T, 0>(rows, stage, row0, p, schedule, tile.unit, row, scale);
-  merge_row<T, 1>(rows, stage, row0, p, schedule, tile.unit, row, scale);
+  merge_row<T, 0>(rows, stage, number, row0, p, schedule, tile.unit, row, scale);
+  merge_row<T, 1>(rows, stage, number, row0, p, schedule, tile.unit, row, scale);
 }
 
 }  // namespace moba::cuda::sm90::current

@@ -8,6 +8,12 @@
 
 namespace moba::cuda::sm90::current {
 
+enum class Mode {
+  kDense,  // no partial results
+  kShort,  // blocks of about one key tile: shared memory is for the partial results
+  kLong,   // blocks of many: shared memory is for keys and values
+};
+
 constexpr int kWarpgroup = 128;
 
 constexpr int kRows = 64;  // of a consumer
@@ -33,8 +39,7 @@ struct Tile {
 template <int kHeadDim>
 struct alignas(16) Stage {
   unsigned char rows[kRows * kHeadDim * 2];
-  float lse[kRows];         // minus infinity: none
-  int32_t position[kRows];  // in the entries of the key head
+  float lse[kRows];  // minus infinity: none
   // The same in all stages of a tile:
   uint32_t has_current[kRows / 32];  // a bit a row
   int32_t stages;                    // of the tile; where it is 0, one stage is sent that holds nothing
@@ -47,26 +52,26 @@ struct Past {
 };
 struct NoPast {};
 
-template <int kHeadDim, bool kPast>
+template <int kHeadDim, Mode kMode>
 struct Plan {
-  // One producer warpgroup, then consumer warpgroups of 64 queries each. The kernel starts with kStartRegisters each;
-  // what the producer gives up is all that the consumers can get.
-  static constexpr int kConsumers = kHeadDim == 64 && !kPast ? 3 : 2;
+  static constexpr bool kPast = kMode != Mode::kDense;
+  // One producer warpgroup, then consumer warpgroups of 64 queries each. The kernel starts with 168 registers each; what
+  // the producer gives up is all that the consumers can get.
+  static constexpr int kConsumers = 2;
   static constexpr int kTileRows = kConsumers * kRows;
   static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
-  static constexpr int kStartRegisters = kConsumers == 3 ? 128 : 168;
-  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kPast ? 72 : 40;
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kPast ? 216 : 232;
-  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= kStartRegisters * (1 + kConsumers));
+  static constexpr int kProducerRegisters = kPast ? 72 : 40;
+  static constexpr int kConsumerRegisters = kPast ? 216 : 232;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 168 * (1 + kConsumers));
 
   static constexpr int kPanels = kHeadDim / 64;
   static constexpr int kQueryBytes = kRows * kHeadDim * 2;
   static constexpr int kKeyBytes = kKeys * kHeadDim * 2;
   // A consumer reads the description of a tile for longer than its queries: until it begins the next one.
   static constexpr int kTiles = 4;
-  static constexpr int kQuerySlots = kPast && kHeadDim == 128 ? 1 : 2;
-  static constexpr int kKeySlots = kHeadDim == 128 ? 2 : 4;
-  static constexpr int kStages = kHeadDim == 128 ? 2 : 3;
+  static constexpr int kQuerySlots = kMode == Mode::kShort || (kPast && kHeadDim == 128) ? 1 : 2;
+  static constexpr int kKeySlots = kMode == Mode::kShort ? 1 : kHeadDim == 128 ? 2 : 4;
+  static constexpr int kStages = kMode == Mode::kShort ? (kHeadDim == 128 ? 4 : 9) : (kHeadDim == 128 ? 2 : 3);
 
   struct Memory {
     unsigned char keys[kKeySlots][kKeyBytes];

@@ -8,9 +8,9 @@
 
 namespace moba::cuda::sm90::current {
 
-template <int kHeadDim, bool kPast>
+template <int kHeadDim, Mode kMode>
 struct Loader {
-  using P = Plan<kHeadDim, kPast>;
+  using P = Plan<kHeadDim, kMode>;
 
   const CurrentParams& p;
   const Schedule& schedule;
@@ -75,9 +75,9 @@ struct Loader {
 // Where 16 bytes of a partial result lie in its row of a stage: two neighbouring rows are read at a time.
 __device__ __forceinline__ int staged_part(int row, int part) { return part ^ ((row & 1) << 2); }
 
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, Mode kMode>
 struct Gatherer {
-  using P = Plan<kHeadDim, true>;
+  using P = Plan<kHeadDim, kMode>;
   static constexpr int kParts = kHeadDim / 8;  // of 16 bytes, one a lane
   static constexpr int kRowsAtOnce = 32 / kParts;
   static constexpr unsigned kAll = 0xffffffffu;
@@ -104,14 +104,24 @@ struct Gatherer {
 
   __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
 
-  __device__ __forceinline__ void copy_rows(Stage<kHeadDim>& stage, const T* from, int half, int position) {
+  // `half` of the rows, whose positions the lanes hold.
+  __device__ __forceinline__ void copy_rows(Stage<kHeadDim>& stage, const char* from, int half, int position) {
+    constexpr int kRowBytes = kHeadDim * 2, kAtOnce = 8;
     const int part = lane() % kParts;
-#pragma unroll 4
-    for (int i = 0; i < kParts; ++i) {
-      const int row = i * kRowsAtOnce + lane() / kParts;
-      const int index = __shfl_sync(kAll, position, row);
-      cp_async_16(shared_address(stage.rows) + (half * 32 + row) * kHeadDim * 2 + staged_part(row, part) * 16,
-                  from + static_cast<int64_t>(max(index, 0)) * kHeadDim + part * 8, index >= 0 ? 16 : 0);
+    const uint32_t to = shared_address(stage.rows) + (half * 32 + lane() / kParts) * kRowBytes;
+#pragma unroll 1
+    for (int i0 = 0; i0 < kParts; i0 += kAtOnce) {
+      int positions[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        positions[i] = __shfl_sync(kAll, position, (i0 + i) * kRowsAtOnce + lane() / kParts);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int row = (i0 + i) * kRowsAtOnce;
+        cp_async_16(to + row * kRowBytes + staged_part(row + lane() / kParts, part) * 16,
+                    from + static_cast<int64_t>(max(positions[i], 0)) * kRowBytes, positions[i] >= 0 ? 16 : 0);
+      }
     }
   }
 
@@ -129,7 +139,7 @@ struct Gatherer {
   __device__ __forceinline__ void gather(const Tile& tile) {
     const int local = tile.unit - schedule.unit_begin;
     const int64_t first_entry = local / schedule.heads_per_key_head * capacity(p.shape);
-    const T* partials = static_cast<const T*>(p.partials.out) + first_entry * kHeadDim;
+    const char* partials = static_cast<const char*>(p.partials.out) + first_entry * kHeadDim * 2 + lane() % kParts * 16;
     const float* lses = p.partials.lse + first_entry;
     Slots slots[2];
     int count[2];
@@ -164,7 +174,6 @@ struct Gatherer {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = half * 32 + lane();
-        stage.position[row] = position[half];
         if (position[half] >= 0) {
           cp_async_4(shared_address(stage.lse + row), lses + position[half]);
         } else {

@@ -11,28 +11,22 @@ namespace moba::cuda::sm90::current {
 //
 // All CTAs work on `together` segments at a time, so that those of the same block find its keys in the L2 cache. The
 // tiles of these segments are dealt by falling cost, which is where they stand in their block, and in alternating
-// direction, so that shares cost the same but for the last and shortest tiles; who gets these turns.
+// direction, so that all shares cost about the same.
 template <class F>
 __device__ __forceinline__ void for_each_share(const Schedule& schedule, F f) {
   const int ctas = static_cast<int>(gridDim.x), all = schedule.units * schedule.segments;
-  int turn = 0;
+  int own = static_cast<int>(blockIdx.x);
   for (int first = 0; first < all; first += schedule.together) {
     const int segments = min(schedule.together, all - first), items = segments * schedule.span;
-    int own = static_cast<int>(blockIdx.x) - turn;
-    if (own < 0) own += ctas;
-    bool reverse = false;
     for (int begin = 0; begin < items; begin += ctas) {
-      const int item = begin + (reverse ? ctas - 1 - own : own);
+      const int item = begin + own;
       if (item < items) {
         const int segment = first + item % segments, number = schedule.span - 1 - item / segments;
         const int tile = segment % schedule.segments * schedule.span + number;
         if (tile < schedule.tiles) f(schedule.unit_begin + segment / schedule.segments, tile);
       }
-      reverse = !reverse;
+      own = ctas - 1 - own;
     }
-    const int rest = items % ctas;
-    turn += reverse ? rest : ctas - rest;
-    if (turn >= ctas) turn -= ctas;
   }
 }
 

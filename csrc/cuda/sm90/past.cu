@@ -1,10 +1,11 @@
-// Which Hopper kernel takes a call, and the tensor maps and schedule it needs.
+// Which past kernel takes a call, and the tensor maps and schedule it needs.
+#include <cudaTypedefs.h>
+
 #include <algorithm>
 
 #include "cuda/portable/numeric.cuh"
 #include "cuda/sm90/launch.h"
-#include "cuda/sm90/plan.h"
-#include "cuda/sm90/tensor_map.h"
+#include "cuda/sm90/past.h"
 
 namespace moba::cuda::sm90 {
 
@@ -14,6 +15,49 @@ namespace {
 // half run at lower speed).
 constexpr int64_t kPassBytes = int64_t(20) << 20;
 constexpr int64_t kMaxPassUnits = 64;
+
+PFN_cuTensorMapEncodeTiled_v12000 encode_function() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult result;
+  const cudaError_t status =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+  if (status != cudaSuccess || result != cudaDriverEntryPointSuccess) {
+    cudaGetLastError();
+    return nullptr;
+  }
+  return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+}
+
+// Keys or values as [group, head, key, column], in boxes of one panel of `keys` keys.
+cudaError_t make_map(CUtensorMap& map, const Source& source, const Shape& shape, int keys, Dtype dtype) {
+  static const PFN_cuTensorMapEncodeTiled_v12000 encode = encode_function();
+  if (encode == nullptr) return cudaErrorNotSupported;
+  const auto positive = [](int64_t count) { return static_cast<cuuint64_t>(count); };
+  const cuuint64_t sizes[4] = {positive(shape.head_dim), positive(shape.keys), positive(shape.heads_k),
+                               positive(shape.groups)};
+  // The stride of a dimension of one element is never used, but has to be valid.
+  const auto bytes = [&](int64_t count, int64_t stride) {
+    return static_cast<cuuint64_t>((count > 1 ? stride : shape.head_dim) * 2);
+  };
+  const cuuint64_t strides[3] = {bytes(shape.keys, source.row), bytes(shape.heads_k, source.head),
+                                 bytes(shape.groups, source.group)};
+  const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(keys), 1, 1};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  const CUresult result =
+      encode(&map, dtype == Dtype::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
+             const_cast<void*>(source.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// Rows that start at 16 bytes, and strides that a tensor map can hold.
+bool regular(const Source& source, int64_t groups, int64_t heads, int64_t rows) {
+  const auto fits = [](int64_t count, int64_t stride) {
+    return count <= 1 || (stride > 0 && stride % 8 == 0 && stride < int64_t(1) << 38);
+  };
+  return reinterpret_cast<uintptr_t>(source.data) % 16 == 0 && fits(groups, source.group) && fits(heads, source.head) &&
+         fits(rows, source.row);
+}
 
 template <class F>
 auto with_kernel(const Shape& shape, Dtype dtype, F f) {
@@ -37,10 +81,14 @@ bool accepts(const Shape& shape, const Source& q, const Source& k, const Source&
   if (dtype != Dtype::kBFloat16 && dtype != Dtype::kHalf) return false;
   if (shape.head_dim != 64 && shape.head_dim != 128) return false;
   if (shape.block_size % 16 != 0 || !(softmax_scale > 0)) return false;
-  if (shape.entries() > INT32_MAX - kRows || shape.block_size > INT32_MAX || shape.units() > INT32_MAX) return false;
-  const Extent queries{shape.groups, shape.heads, shape.rows, shape.head_dim};
-  const Extent keys{shape.groups, shape.heads_k, shape.keys, shape.head_dim};
-  if (!regular(q, queries) || !regular(k, keys) || !regular(v, keys)) return false;
+  if (shape.rows > kMaxRows || shape.heads_per_key_head() > kMaxGroup || capacity(shape) > INT32_MAX - kListTile) {
+    return false;
+  }
+  if (shape.keys > INT32_MAX - shape.block_size || shape.units() > INT32_MAX || q.row > INT32_MAX) return false;
+  if (!regular(q, shape.groups, shape.heads, shape.rows) || !regular(k, shape.groups, shape.heads_k, shape.keys) ||
+      !regular(v, shape.groups, shape.heads_k, shape.keys)) {
+    return false;
+  }
   int device = 0, major = 0, minor = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
@@ -73,10 +121,11 @@ cudaError_t launch_past(const PastParams& p, Dtype dtype, cudaStream_t stream) {
         .zero = 0,
     };
     CUtensorMap map_k, map_v;
-    const Extent extent{shape.groups, shape.heads_k, shape.keys, shape.head_dim};
-    cudaError_t made = make_tensor_map(map_k, p.k, extent, keys, dtype);
-    if (made == cudaSuccess) made = make_tensor_map(map_v, p.v, extent, keys, dtype);
-    return made != cudaSuccess ? made : decltype(attend)::launch(p, map_k, map_v, schedule, grid, stream);
+    cudaError_t made = make_map(map_k, p.k, shape, keys, dtype);
+    if (made == cudaSuccess) made = make_map(map_v, p.v, shape, keys, dtype);
+    return made != cudaSuccess
+               ? made
+               : decltype(past)::launch(p, map_k, map_v, schedule, static_cast<unsigned>(processors), stream);
   });
 }
 

@@ -122,19 +122,16 @@ inline void backward_hopper(const Problem& problem, const Tensor& dout, const Te
     C10_CUDA_CHECK(sm90::plan_backward(plan, shape, units_k, deterministic, kHopperBytes));
     return plan;
   };
-  const auto cut = [&](Cutter& cutter, const Range& units_k) {
-    return shape.slots > 0 ? cut_lists(cutter, shape, units_k) : sm90::PastLists{.units_k = units_k};
-  };
   const auto bytes_of = [&](int64_t units_k) {
     Cutter cutter;
-    cut(cutter, {0, units_k});
+    cut_lists(cutter, shape, {0, units_k});
     return cutter.used + plan_for(units_k).bytes;
   };
   for_key_heads(shape, q.options(), bytes_of, [&](const Range& units_k, char* memory) {
     Cutter cutter{memory};
     const sm90::BackwardParams params{
         .shape = shape,
-        .lists = cut(cutter, units_k),
+        .lists = cut_lists(cutter, shape, units_k),
         .q = problem.rows(q),
         .k = problem.rows(k),
         .v = problem.rows(v),
@@ -147,10 +144,8 @@ inline void backward_hopper(const Problem& problem, const Tensor& dout, const Te
         .dk = problem.rows_out(dk),
         .dv = problem.rows_out(dv),
     };
-    if (shape.slots > 0) {
-      C10_CUDA_CHECK(sm90::launch_past_lists(
-          {.shape = shape, .route = problem.per_query(route), .lists = params.lists}, problem.stream()));
-    }
+    C10_CUDA_CHECK(sm90::launch_past_lists(
+        {.shape = shape, .route = problem.per_query(route), .lists = params.lists}, problem.stream()));
     const auto plan = plan_for(units_k.count);
     C10_CUDA_CHECK(
         sm90::launch_backward(params, plan, cutter.cut<char>(plan.bytes), problem.dtype(), problem.stream()));

@@ -134,29 +134,32 @@ Tensor route(const Tensor& q_any, const Tensor& k_any, const OptionalTensor& cu_
 std::tuple<Tensor, Tensor> attend(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any,
                                   const Tensor& route_any, const OptionalTensor& cu_seqlens_q,
                                   const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                  int64_t block_size, double softmax_scale, bool) {
+                                  int64_t block_size, double softmax_scale, bool deterministic) {
   check_attend(q_any, k_any, v_any, route_any, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale);
   const c10::cuda::OptionalCUDAGuard guard(q_any.device());
   check_supported(q_any, k_any);
   const bool routed = route_any.size(-1) > 0;
   if (!routed) check_boundaries(q_any, k_any, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
-  const Problem any(q_any, k_any, cu_seqlens_q, cu_seqlens_k, block_size, route_any.size(-1));
-  const bool hopper = sm90::refusal(any.shape(), softmax_scale, any.dtype()).empty();
-  if (hopper && !any.empty()) {
-    const Tensor q = any.regular_q(q_any), k = any.regular_k(k_any), v = any.regular_k(v_any);
-    const Tensor out = at::empty_like(q);
-    const Tensor lse = at::empty(route_any.sizes().slice(0, route_any.dim() - 1), accumulator(q));
-    attend_hopper(any, q, k, v, route_any.contiguous(), softmax_scale, out, lse);
+  const Problem problem(q_any, k_any, cu_seqlens_q, cu_seqlens_k, block_size, route_any.size(-1));
+  const auto lse_sizes = route_any.sizes().slice(0, route_any.dim() - 1);
+  if (!problem.empty() && sm90::refusal(problem.shape(), softmax_scale, problem.dtype()).empty()) {
+    const Tensor q = problem.regular_q(q_any), k = problem.regular_k(k_any), v = problem.regular_k(v_any);
+    const Tensor out = at::empty_like(q), lse = at::empty(lse_sizes, accumulator(q));
+    attend_hopper(problem, q, k, v, route_any.contiguous(), softmax_scale, out, lse);
     return {out, lse};
+  }
+  if (!routed) {
+    return attend(q_any, k_any, v_any,
+                  with_slots(route_any, q_any, k_any, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size),
+                  cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, softmax_scale, deterministic);
   }
 
   const Tensor q = with_contiguous_rows(q_any), k = with_contiguous_rows(k_any), v = with_contiguous_rows(v_any);
-  const Tensor route = with_slots(route_any, q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size);
-  const Problem problem(q, k, cu_seqlens_q, cu_seqlens_k, block_size, route.size(-1));
+  const Tensor route = route_any.contiguous();
   const Shape& shape = problem.shape();
 
   const Tensor out = at::empty_like(q);
-  const Tensor lse = at::empty(route.sizes().slice(0, route.dim() - 1), accumulator(q));
+  const Tensor lse = at::empty(lse_sizes, accumulator(q));
   if (problem.empty()) {
     return {out.zero_(), lse.fill_(-std::numeric_limits<double>::infinity())};
   }
@@ -209,20 +212,19 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& dout_any, const
   const c10::cuda::OptionalCUDAGuard guard(q_any.device());
   check_supported(q_any, k_any);
   const Tensor lse = lse_any.contiguous(), dlse = dlse_any.contiguous();
-  const Problem any(q_any, k_any, cu_seqlens_q, cu_seqlens_k, block_size, route_any.size(-1));
-  const bool hopper = sm90::refusal(any.shape(), softmax_scale, any.dtype()).empty();
-  if (hopper && !any.empty()) {
-    const Tensor q = any.regular_q(q_any), k = any.regular_k(k_any), v = any.regular_k(v_any);
+  const Tensor route =
+      with_slots(route_any, q_any, k_any, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size);
+  const Problem problem(q_any, k_any, cu_seqlens_q, cu_seqlens_k, block_size, route.size(-1));
+  if (!problem.empty() && sm90::refusal(problem.shape(), softmax_scale, problem.dtype()).empty()) {
+    const Tensor q = problem.regular_q(q_any), k = problem.regular_k(k_any), v = problem.regular_k(v_any);
     const Tensor dq = at::empty_like(q), dk = at::empty_like(k), dv = at::empty_like(v);
-    backward_hopper(any, any.regular_q(dout_any), dlse, q, k, v, any.regular_q(out_any), lse, route_any.contiguous(),
+    backward_hopper(problem, problem.regular_q(dout_any), dlse, q, k, v, problem.regular_q(out_any), lse, route,
                     softmax_scale, deterministic, dq, dk, dv);
     return {dq, dk, dv};
   }
 
   const Tensor q = with_contiguous_rows(q_any), k = with_contiguous_rows(k_any), v = with_contiguous_rows(v_any);
   const Tensor dout = with_contiguous_rows(dout_any), out = with_contiguous_rows(out_any);
-  const Tensor route = with_slots(route_any, q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size);
-  const Problem problem(q, k, cu_seqlens_q, cu_seqlens_k, block_size, route.size(-1));
   const Shape& shape = problem.shape();
 
   const Tensor dq = at::empty_like(q), dk = at::empty_like(k), dv = at::empty_like(v);

@@ -72,7 +72,13 @@ bool accepts_backward(const BackwardParams& p, Dtype dtype) {
   if (dtype != Dtype::kBFloat16 && dtype != Dtype::kHalf) return false;
   if (shape.head_dim != 64 && shape.head_dim != 128) return false;
   if (shape.rows >= kMaxRows || shape.keys > INT32_MAX || shape.heads_per_key_head() > kMaxGroup) return false;
+  if (shape.units() > INT32_MAX) return false;
   if (capacity(shape) > INT32_MAX || partial_rows(shape) >= UINT32_MAX) return false;
+  // Tile::From
+  for (const Source* source : {&p.q, &p.dout}) {
+    const int64_t last = (shape.heads_per_key_head() - 1) * source->head + (shape.rows - 1) * source->row;
+    if (source->head < 0 || source->row < 0 || last / 8 > INT32_MAX) return false;
+  }
   for (const Source* source : {&p.q, &p.k, &p.v, &p.out, &p.dout}) {
     if (!regular(source->data, source->group, source->head, source->row)) return false;
   }

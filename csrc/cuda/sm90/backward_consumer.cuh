@@ -19,6 +19,7 @@ struct Consumer {
   const Workspace& work;
   M& memory;
   float scale;  // of the scores, for powers of 2
+  int half;     // which 64 keys; the same for all lanes, as the compiler has to know
 
   float scores[kScores], change[kScores], query[kHeadDim == 64 ? kQuery : 1];
   float dk[kSums], dv[kSums];
@@ -33,8 +34,6 @@ struct Consumer {
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
     return thread - kWarpgroup;
   }
-  __device__ __forceinline__ int group() const { return threadIdx.x / kWarpgroup - 1; }
-
   __device__ __forceinline__ void arrive(uint64_t* barrier) {
     if (thread() % 32 == 0) mbarrier_arrive(shared_address(barrier));
   }
@@ -56,42 +55,53 @@ struct Consumer {
   }
 
   // to = (64 rows of keys or values) (queries or gradients)^T
-  __device__ __forceinline__ void multiply_columns(float (&to)[kScores], uint32_t rows, uint32_t tile) {
+  __device__ __forceinline__ void multiply_columns(float (&to)[kScores], const unsigned char* rows,
+                                                   const unsigned char* tile) {
+    const uint64_t a = descriptor(shared_address(rows) + half * (64 * kPanelRowBytes), 16);
+    const uint64_t b = descriptor(shared_address(tile), 16);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; ++i) {
-      wgmma_shared<T>(to, descriptor(rows + i / 4 * M::kKeyPanel + i % 4 * 32, 16),
-                      descriptor(tile + i / 4 * M::kQueryPanel + i % 4 * 32, 16), i > 0);
+      wgmma_shared<T>(to, further(a, i / 4 * M::kKeyPanel + i % 4 * 32),
+                      further(b, i / 4 * M::kQueryPanel + i % 4 * 32), i > 0);
     }
     wgmma_commit();
   }
+  __device__ __forceinline__ void multiply_scores() {
+    multiply_columns(scores, memory.keys, memory.queries[stage.slot]);
+  }
+  __device__ __forceinline__ void multiply_change() {
+    multiply_columns(change, memory.values, memory.gradients[stage.slot]);
+  }
 
-  __device__ __forceinline__ void multiply_weights(uint32_t gradients) {
+  __device__ __forceinline__ void multiply_weights() {
+    const uint64_t b = descriptor(shared_address(memory.gradients[stage.slot]), M::kQueryPanel);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kQueryTile / 16; ++i) {
-      wgmma_registers<T>(dv, weights + 4 * i, descriptor(gradients + i * 16 * kPanelRowBytes, M::kQueryPanel), true);
+      wgmma_registers<T>(dv, weights + 4 * i, further(b, i * 16 * kPanelRowBytes), true);
     }
     wgmma_commit();
   }
 
-  __device__ __forceinline__ void multiply_queries(uint32_t changes_at, uint32_t queries) {
+  __device__ __forceinline__ void multiply_queries(int slot, uint32_t turn) {
+    const uint64_t a = descriptor(shared_address(memory.changes[turn]) + half * (64 * kPanelRowBytes), 16);
+    const uint64_t b = descriptor(shared_address(memory.queries[slot]), M::kQueryPanel);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kQueryTile / 16; ++i) {
-      wgmma_crossed<T>(dk, descriptor(changes_at + group() * (64 * kPanelRowBytes) + i * 32, 16),
-                       descriptor(queries + i * 16 * kPanelRowBytes, M::kQueryPanel), true);
+      wgmma_crossed<T>(dk, further(a, i * 32), further(b, i * 16 * kPanelRowBytes), true);
     }
     wgmma_commit();
   }
 
-  __device__ __forceinline__ void multiply_changes(uint32_t changes_at) {
-    const uint32_t keys = shared_address(memory.keys) + group() * (kHeadDim == 64 ? 64 : M::kKeyPanel);
+  __device__ __forceinline__ void multiply_changes(uint32_t turn) {
+    const uint64_t a = descriptor(shared_address(memory.changes[turn]), 16);
+    const uint64_t b = descriptor(shared_address(memory.keys) + half * (kHeadDim == 64 ? 64 : M::kKeyPanel), 16);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kKeyTile / 16; ++i) {
-      wgmma_transposed<T>(dq(), descriptor(changes_at + i * 16 * kPanelRowBytes, 16),
-                          descriptor(keys + i * 16 * kPanelRowBytes, 16), i > 0);
+      wgmma_transposed<T>(dq(), further(a, i * 16 * kPanelRowBytes), further(b, i * 16 * kPanelRowBytes), i > 0);
     }
     wgmma_commit();
   }
@@ -113,26 +123,37 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void exponentiate(const Tile& tile) {
-    const float2* lse = reinterpret_cast<const float2*>(tile.lse) + thread() % 4;
+    const float4* lse = reinterpret_cast<const float4*>(tile.lse) + thread() % 4 * 5;
 #pragma unroll
-    for (int i = 0; i < kScores / 4; ++i) {
-      const float2 base = lse[4 * i];
-      scores[4 * i] = exp2_approximate(fmaf(scores[4 * i], scale, -base.x));
-      scores[4 * i + 1] = exp2_approximate(fmaf(scores[4 * i + 1], scale, -base.y));
-      scores[4 * i + 2] = exp2_approximate(fmaf(scores[4 * i + 2], scale, -base.x));
-      scores[4 * i + 3] = exp2_approximate(fmaf(scores[4 * i + 3], scale, -base.y));
+    for (int i = 0; i < kScores / 8; ++i) {
+      const float4 base = lse[i];
+      float* at = scores + 8 * i;
+      at[0] = exp2_approximate(fmaf(at[0], scale, -base.x));
+      at[1] = exp2_approximate(fmaf(at[1], scale, -base.y));
+      at[2] = exp2_approximate(fmaf(at[2], scale, -base.x));
+      at[3] = exp2_approximate(fmaf(at[3], scale, -base.y));
+      at[4] = exp2_approximate(fmaf(at[4], scale, -base.z));
+      at[5] = exp2_approximate(fmaf(at[5], scale, -base.w));
+      at[6] = exp2_approximate(fmaf(at[6], scale, -base.z));
+      at[7] = exp2_approximate(fmaf(at[7], scale, -base.w));
     }
   }
 
   __device__ __forceinline__ void differentiate(const Tile& tile) {
-    const float2* delta = reinterpret_cast<const float2*>(tile.delta) + thread() % 4;
+    const float4* delta = reinterpret_cast<const float4*>(tile.delta) + thread() % 4 * 5;
 #pragma unroll
-    for (int i = 0; i < kScores / 4; ++i) {
-      const float2 base = delta[4 * i];
-      change[4 * i] = scores[4 * i] * (change[4 * i] - base.x);
-      change[4 * i + 1] = scores[4 * i + 1] * (change[4 * i + 1] - base.y);
-      change[4 * i + 2] = scores[4 * i + 2] * (change[4 * i + 2] - base.x);
-      change[4 * i + 3] = scores[4 * i + 3] * (change[4 * i + 3] - base.y);
+    for (int i = 0; i < kScores / 8; ++i) {
+      const float4 base = delta[i];
+      float* at = change + 8 * i;
+      const float* weight = scores + 8 * i;
+      at[0] = weight[0] * (at[0] - base.x);
+      at[1] = weight[1] * (at[1] - base.y);
+      at[2] = weight[2] * (at[2] - base.x);
+      at[3] = weight[3] * (at[3] - base.y);
+      at[4] = weight[4] * (at[4] - base.z);
+      at[5] = weight[5] * (at[5] - base.w);
+      at[6] = weight[6] * (at[6] - base.z);
+      at[7] = weight[7] * (at[7] - base.w);
     }
   }
 
@@ -172,8 +193,7 @@ struct Consumer {
     const int lane = thread() % 32;
     const bool high = lane & 16;
     const uint32_t* targets = tile.target + thread() % kWarpgroup / 32 * 16 + lane % 16 / 4 + 8 * kHalf;
-    float* sums = work.sums + tile.unit_k * heads_rows(p.shape) * kHeadDim + group() * (kHeadDim / 2) +
-                  (high ? 16 : 0) + lane % 4 * 4;
+    float* sums = static_cast<float*>(tile.rows) + half * (kHeadDim / 2) + (high ? 16 : 0) + lane % 4 * 4;
     float* low_row = sums + static_cast<int64_t>(targets[0]) * kHeadDim;
     float* high_row = sums + static_cast<int64_t>(targets[4]) * kHeadDim;
     const bool low_exists = targets[0] != kNobody, high_exists = targets[4] != kNobody;
@@ -204,9 +224,7 @@ struct Consumer {
     const int lane = thread() % 32;
     const uint32_t row = tile.target[thread() % kWarpgroup / 32 * 16 + lane / 4 + 8 * kHalf];
     if (row == kNobody) return;
-    T* to = static_cast<T*>(work.partials) +
-            ((tile.tile * p.lists.units_k.count + tile.unit_k) * partial_rows(p.shape) + row) * kHeadDim +
-            group() * (kHeadDim / 2) + lane % 4 * 8;
+    T* to = static_cast<T*>(tile.rows) + static_cast<int64_t>(row) * kHeadDim + half * (kHeadDim / 2) + lane % 4 * 8;
     const float factor = static_cast<float>(p.softmax_scale);
 #pragma unroll
     for (int i = 0; i < kQuery / 16; ++i) {
@@ -233,7 +251,7 @@ struct Consumer {
   template <int kBetween>
   __device__ __forceinline__ void first_half(int done) {
     const Tile& tile = memory.tiles[stage.slot];
-    wgmma_wait<1 + kBetween>();
+    wgmma_wait<1>();
     settle(scores);
     if (tile.masked) mask(scores, tile, -INFINITY);
     exponentiate(tile);
@@ -242,7 +260,7 @@ struct Consumer {
       arrive(&memory.empty[done]);
     }
     pack_weights();
-    multiply_weights(shared_address(memory.gradients[stage.slot]));
+    multiply_weights();
     wgmma_wait<1>();
     settle(change);
     differentiate(tile);
@@ -255,14 +273,13 @@ struct Consumer {
   // dq and dk of a tile, and the first half of the next one.
   __device__ __forceinline__ void step() {
     const int done = stage.slot;
-    const uint32_t changes_at = shared_address(memory.changes[turn]);
-    turn ^= 1;
-    multiply_changes(changes_at);
+    multiply_changes(turn);
     stage.advance();
     mbarrier_wait(shared_address(&memory.full[stage.slot]), stage.phase);
     fence_proxy_async();  // cp.async wrote what the products read
+    multiply_queries(done, turn);
+    turn ^= 1;
     multiply_scores();
-    multiply_queries(changes_at, shared_address(memory.queries[done]));
     wgmma_wait<2>();  // dv and dq
     settle(weights);
     settle(dq());
@@ -273,10 +290,9 @@ struct Consumer {
 
   // dq and dk of the last tile of an item.
   __device__ __forceinline__ void finish() {
-    const uint32_t changes_at = shared_address(memory.changes[turn]);
+    multiply_changes(turn);
+    multiply_queries(stage.slot, turn);
     turn ^= 1;
-    multiply_changes(changes_at);
-    multiply_queries(changes_at, shared_address(memory.queries[stage.slot]));
     wgmma_wait<1>();
     settle(weights);
     settle(dq());
@@ -284,15 +300,6 @@ struct Consumer {
     wgmma_wait<0>();
     settle(dk);
     settle(dv);
-  }
-
-  __device__ __forceinline__ void multiply_scores() {
-    multiply_columns(scores, shared_address(memory.keys) + group() * (64 * kPanelRowBytes),
-                     shared_address(memory.queries[stage.slot]));
-  }
-  __device__ __forceinline__ void multiply_change() {
-    multiply_columns(change, shared_address(memory.values) + group() * (64 * kPanelRowBytes),
-                     shared_address(memory.gradients[stage.slot]));
   }
 
   __device__ __forceinline__ void run() {

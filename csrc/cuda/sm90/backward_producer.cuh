@@ -9,10 +9,12 @@ namespace moba::cuda::sm90::backward {
 template <class T, int kHeadDim, bool kReduce>
 struct Producer {
   using M = Memory<kHeadDim>;
-  // A row is copied in 16-byte parts, one a thread; a warp copies kWarpRows rows at a time.
+  // A row is copied in 16-byte parts, one a thread; a warp copies kWarpRows rows at a time, kWarpTile of a tile of
+  // queries.
   static constexpr int kParts = kHeadDim / 8;
   static constexpr int kWarpRows = 32 / kParts;
   static constexpr int kRowsAtOnce = 4 * kWarpRows;
+  static constexpr int kWarpTile = kQueryTile / 4;
 
   const BackwardParams& p;
   const Workspace& work;
@@ -25,11 +27,8 @@ struct Producer {
   __device__ __forceinline__ int lane() const { return threadIdx.x % 32; }
   __device__ __forceinline__ int warp() const { return threadIdx.x / 32; }
   __device__ __forceinline__ int heads() const { return static_cast<int>(p.shape.heads_per_key_head()); }
-  // The row of a tile that this lane looks up for the warp: lanes 0 to 15 have those that the warp copies.
-  __device__ __forceinline__ int looked_up() const {
-    const int i = lane() % 16;
-    return warp() * kWarpRows + i % kWarpRows + kRowsAtOnce * (i / kWarpRows);
-  }
+  // The row of a tile that this lane looks up for the warp, if it is one of the first kWarpTile.
+  __device__ __forceinline__ int looked_up() const { return warp() * kWarpTile + lane() % kWarpTile; }
 
   __device__ __forceinline__ void seek(const Item& item) {
     const int own_tiles = (item.own_rows + kQueryTile - 1) / kQueryTile, own = own_tiles * heads();
@@ -65,60 +64,74 @@ struct Producer {
   }
 
   __device__ __forceinline__ void describe(const Item& item, Tile& tile, uint32_t entry) {
-    const int i = looked_up();
+    const int i = looked_up(), at = place_of(i);
     const bool own = own_head != heads();
     if (entry == kNobody) {
       tile.target[i] = kNobody;
-      tile.from_queries[i] = tile.from_gradients[i] = -1;
-      cp_async_4(shared_address(&tile.lse[i]), work.lse, 0);
-      cp_async_4(shared_address(&tile.delta[i]), work.delta, 0);
+      tile.from[i] = {-1, -1};
+      cp_async_4(shared_address(&tile.lse[at]), work.lse, 0);
+      cp_async_4(shared_address(&tile.delta[at]), work.delta, 0);
       return;
     }
     const int64_t head = entry >> kRowBits, row = entry & kRowMask;
     const uint32_t index = static_cast<uint32_t>(head * p.shape.rows + row);
     tile.target[i] = kReduce ? index : own ? static_cast<uint32_t>(capacity(p.shape)) + index : list_first + i;
-    tile.from_queries[i] = head * p.q.head + row * p.q.row;
-    tile.from_gradients[i] = head * p.dout.head + row * p.dout.row;
+    tile.from[i] = {static_cast<int32_t>((head * p.q.head + row * p.q.row) / 8),
+                    static_cast<int32_t>((head * p.dout.head + row * p.dout.row) / 8)};
     const int64_t from = item.unit_k * heads_rows(p.shape) + index;
-    cp_async_4(shared_address(&tile.lse[i]), (own ? work.own_lse : work.lse) + from, 4);
-    cp_async_4(shared_address(&tile.delta[i]), work.delta + from, 4);
+    cp_async_4(shared_address(&tile.lse[at]), (own ? work.own_lse : work.lse) + from, 4);
+    cp_async_4(shared_address(&tile.delta[at]), work.delta + from, 4);
   }
 
   __device__ __forceinline__ void describe_all(const Item& item, Tile& tile, bool last) {
     const int shift = own_head == heads() ? kKeyTile : item.own_shift + own_first;
+    if (kReduce) {
+      tile.rows = work.sums + item.unit_k * heads_rows(p.shape) * kHeadDim;
+    } else {
+      tile.rows = static_cast<T*>(work.partials) +
+                  (item.tile * p.lists.units_k.count + item.unit_k) * partial_rows(p.shape) * kHeadDim;
+    }
     tile.kind = last ? kLast : kMore;
     tile.shift = shift;
     tile.masked = item.keys < kKeyTile || shift < kKeyTile - 1;
     tile.unit_k = item.unit_k;
     tile.key_begin = item.key_begin;
     tile.keys = item.keys;
-    tile.tile = item.tile;
     tile.slab = item.shares == 1 ? -1 : item.slab;
   }
 
-  // Rows of 64 queries or their gradients.
-  __device__ __forceinline__ void copy_rows(const unsigned char* to, const Source& source, const int64_t* from,
-                                            int unit_k) {
-    const int part = lane() % kParts, row = warp() * kWarpRows + lane() / kParts;
-    const int64_t unit = (p.lists.units_k.begin + unit_k) * p.shape.heads_per_key_head();
-    const T* base = static_cast<const T*>(source.data) + unit / p.shape.heads * source.group +
-                    unit % p.shape.heads * source.head + part * 8;
-    const uint32_t at = shared_address(to) + part / 8 * M::kQueryPanel + swizzled(row, part % 8);
-#pragma unroll
-    for (int i = 0; i < kQueryTile / kRowsAtOnce; ++i) {
-      const int64_t offset = from[row + kRowsAtOnce * i];
-      cp_async_16(at + i * kRowsAtOnce * kPanelRowBytes, base + max(offset, int64_t(0)), offset >= 0 ? 16 : 0);
+  __device__ __forceinline__ const uint4* first_row(const Source& source, int unit_k) const {
+    const uint32_t unit = static_cast<uint32_t>(p.lists.units_k.begin + unit_k) * heads(), all = p.shape.heads;
+    return static_cast<const uint4*>(source.data) + (unit / all * source.group + unit % all * source.head) / 8 +
+           lane() % kParts;
+  }
+
+  __device__ __forceinline__ void copy_rows(const Tile& tile, int unit_k) {
+    const int part = lane() % kParts, row = lane() / kParts;
+    const uint32_t offset = part / 8 * M::kQueryPanel + warp() * (kWarpTile * kPanelRowBytes) + swizzled(row, part % 8);
+    const uint32_t queries = shared_address(memory.queries[stage.slot]) + offset;
+    const uint32_t further = shared_address(memory.gradients) - shared_address(memory.queries);
+    const uint4* q = first_row(p.q, unit_k);
+    const uint4* dout = first_row(p.dout, unit_k);
+#pragma unroll 2
+    for (int i = 0; i < kWarpTile / kWarpRows; ++i) {
+      const Tile::From from = tile.from[warp() * kWarpTile + i * kWarpRows + row];
+      const int bytes = from.query >= 0 ? 16 : 0;
+      // As swizzled() of row i * kWarpRows + row.
+      const uint32_t down = i * kWarpRows * kPanelRowBytes, turn = i * kWarpRows % 8 * 16;
+      const uint32_t to = (queries ^ turn) + down;
+      cp_async_16(to, q + max(from.query, 0), bytes);
+      cp_async_16(to + further, dout + max(from.gradient, 0), bytes);
     }
   }
 
   __device__ __forceinline__ void gather(const Item& item, uint32_t entry, bool last) {
     Tile& tile = memory.tiles[stage.slot];
     mbarrier_wait(shared_address(&memory.empty[stage.slot]), stage.phase ^ 1);
-    if (lane() < 16) describe(item, tile, entry);
+    if (lane() < kWarpTile) describe(item, tile, entry);
     if (threadIdx.x == 0) describe_all(item, tile, last);
     __syncwarp();
-    copy_rows(memory.queries[stage.slot], p.q, tile.from_queries, item.unit_k);
-    copy_rows(memory.gradients[stage.slot], p.dout, tile.from_gradients, item.unit_k);
+    copy_rows(tile, item.unit_k);
     publish();
   }
 
@@ -132,9 +145,9 @@ struct Producer {
   // Rows beyond the keys of the tile become zeros.
   __device__ __forceinline__ void load_rows(const unsigned char* to, const Source& source, const Item& item) {
     const int part = lane() % kParts, row = warp() * kWarpRows + lane() / kParts;
-    const int64_t unit_k = p.lists.units_k.begin + item.unit_k;
-    const T* from = static_cast<const T*>(source.data) + unit_k / p.shape.heads_k * source.group +
-                    unit_k % p.shape.heads_k * source.head + (item.key_begin + row) * source.row + part * 8;
+    const uint32_t unit_k = static_cast<uint32_t>(p.lists.units_k.begin + item.unit_k), all = p.shape.heads_k;
+    const T* from = static_cast<const T*>(source.data) + unit_k / all * source.group + unit_k % all * source.head +
+                    (item.key_begin + row) * source.row + part * 8;
     const uint32_t at = shared_address(to) + part / 8 * M::kKeyPanel + swizzled(row, part % 8);
 #pragma unroll 1
     for (int i = 0; i < kKeyTile / kRowsAtOnce; ++i) {

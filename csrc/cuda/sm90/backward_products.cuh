@@ -23,12 +23,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   if (threadIdx.x < kWarpgroup) {
-    setmaxnreg_decrease<kProducerRegisters>();
+    setmaxnreg_decrease<Memory<kHeadDim>::kProducerRegisters>();
     Producer<T, kHeadDim, kReduce> producer{p, work, memory};
     producer.run();
   } else {
-    setmaxnreg_increase<kConsumerRegisters>();
-    Consumer<T, kHeadDim, kReduce> consumer{p, work, memory, static_cast<float>(p.softmax_scale) * kLog2e};
+    setmaxnreg_increase<Memory<kHeadDim>::kConsumerRegisters>();
+    const int half = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / kWarpgroup), 0) - 1;
+    Consumer<T, kHeadDim, kReduce> consumer{p, work, memory, static_cast<float>(p.softmax_scale) * kLog2e, half};
     consumer.run();
   }
 #endif

@@ -1,8 +1,7 @@
-// A consumer warpgroup of the past kernel: gathers tiles of 64 queries into registers, multiplies them with the keys of
-// a block, online softmax, times the values.
+// A consumer warpgroup of the past kernel: tiles of 64 queries times the keys of a block, online softmax, times the
+// values. The scores of the next key tile, be it of the next query tile, are multiplied before the values of this one,
+// so that the softmax runs beside a product.
 #pragma once
-
-#include <utility>
 
 #include "cuda/sm90/past.h"
 #include "cuda/sm90/plan.h"
@@ -17,28 +16,32 @@ template <class T, int kHeadDim, int kKeys, bool kResident>
 struct Consumer {
   using P = Plan<kHeadDim, kKeys, kResident>;
   static constexpr int kScores = kKeys / 2, kOut = kHeadDim / 2;
-  static constexpr int kKeyPanel = kKeys * kPanelRowBytes;
+  static constexpr int kKeyPanel = kKeys * kPanelRowBytes, kQueryPanel = kRows * kPanelRowBytes;
 
   const PastParams& p;
   const Schedule& schedule;
   typename P::Memory& memory;
   float scale;  // of the scores, for powers of 2
 
-  // Products: local variables of each tile, so that what one leaves behind takes no registers.
-  using Queries = uint32_t[kHeadDim / 4];
+  // Products: local variables, so that what one leaves behind takes no registers.
   using Scores = float[kScores];
   using Out = float[kOut];
   using Weights = uint32_t[kScores / 2];
 
-  // A thread loads 16 bytes at 8 j (j = lane % 4) of each 32 columns of its two rows: words 4 c + g of row_words.
-  uint32_t row_words[2][kHeadDim / 8];
-  float largest[2], sum[2];  // of this thread's two rows, of the unscaled scores; sums are over this thread's columns
+  // Of this thread's two rows.
+  struct Softmax {
+    float largest[2];  // unscaled score
+    float sum[2];      // over this thread's columns
+  };
 
   // What is left of a Tile.
   struct Work {
     int64_t first;
     int count, item, releases;
   };
+
+  Ring<P::kTileSlots> tiles;
+  Ring<P::kQuerySlots> queries;
 
   __device__ __forceinline__ int lane() const { return threadIdx.x % 32; }
   __device__ __forceinline__ int row() const { return threadIdx.x % kWarpgroup / 32 * 16 + lane() / 4; }
@@ -47,89 +50,33 @@ struct Consumer {
     if (lane() == 0) mbarrier_arrive(shared_address(barrier), count);
   }
 
-  // Reads the next tile, and where its two rows for this thread are.
-  __device__ __forceinline__ Work read_tile(Ring<P::kTileSlots>& ring, const char* (&rows)[2]) {
-    const Tile& tile = memory.tiles[ring.slot];
-    mbarrier_wait(shared_address(&memory.tile_full[ring.slot]), ring.phase);
+  // Waits for this consumer's next tile, whose queries are then in the slot of `queries`.
+  __device__ __forceinline__ Work take_tile() {
+    mbarrier_wait(shared_address(&memory.query_full[queries.slot]), queries.phase);
+    const Tile& tile = memory.tiles[tiles.slot];
     const Work work{tile.first, tile.count, tile.item, tile.releases};
-    if (work.item >= 0) {
-      const char* queries = static_cast<const char*>(tile.queries) + lane() % 4 * 16;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t entry = tile.entry[row() + 8 * half];
-        rows[half] = queries + static_cast<uint64_t>(entry & (kMaxRows - 1)) * schedule.row_bytes;
-        if (schedule.group > 1) rows[half] += static_cast<int64_t>(entry >> kRowBits) * p.q.head * 2;
-      }
-    }
     __syncwarp();
-    arrive(&memory.tile_empty[ring.slot]);
-    ring.advance(P::kConsumers);
+    arrive(&memory.tile_empty[tiles.slot]);
+    tiles.advance(P::kConsumers);
+    fence_proxy_async();  // cp.async wrote what the products read
     return work;
   }
-
-  __device__ __forceinline__ void load_queries(const char* const (&rows)[2]) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int c = 0; c < kHeadDim / 32; ++c) {
-        uint32_t* words = row_words[half] + 4 * c;
-        load_once(words[0], words[1], words[2], words[3], rows[half] + 64 * c);
-      }
-    }
+  __device__ __forceinline__ void release_queries() {
+    arrive(&memory.query_empty[queries.slot]);
+    queries.advance(P::kConsumers);
   }
 
-  // Word j of lane i of each four lanes becomes word i of lane j.
-  __device__ __forceinline__ void transpose(uint32_t* words) {
-    const bool odd = lane() & 1, high = lane() & 2;
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-      const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? words[i] : words[i + 1], 1);
-      words[i] = odd ? other : words[i];
-      words[i + 1] = odd ? words[i + 1] : other;
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t other = __shfl_xor_sync(0xffffffffu, high ? words[i] : words[i + 2], 2);
-      words[i] = high ? other : words[i];
-      words[i + 2] = high ? words[i + 2] : other;
-    }
-  }
-  // To the order of columns that keys have which nobody permuted.
-  __device__ __forceinline__ void transpose_queries() {
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 8; i += 4) {
-      transpose(row_words[0] + i);
-      transpose(row_words[1] + i);
-    }
-  }
-
-  // An operand of a product is four registers in a row, of which a load of 16 bytes fills other four. A plain copy the
-  // compiler would put right behind the load, and wait there.
-  __device__ __forceinline__ void take_queries(Queries& queries) {
-    if constexpr (!kResident) transpose_queries();
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 4; ++i) {
-      const uint32_t word = row_words[i % 2][i / 2];
-      queries[i] = kResident ? opaque_xor(word, schedule.zero) : word;
-    }
-  }
-
-  __device__ __forceinline__ void multiply_keys(Scores& scores, const Queries& queries, uint32_t keys) {
+  __device__ __forceinline__ void multiply_keys(Scores& scores, uint32_t rows, uint32_t keys) {
     wgmma_fence();
+    wgmma_shared_first<T>(scores, descriptor(rows, 16), descriptor(keys, 16), 0);
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 16; ++i) {
-      const uint64_t columns = descriptor(keys + i / 4 * kKeyPanel + i % 4 * 32, 16);
-      if (i == 0) {
-        wgmma_registers_t_first<T>(scores, queries, columns, 0);
-      } else {
-        wgmma_registers_t<T>(scores, queries + 4 * i, columns, 1);
-      }
+    for (int i = 1; i < kHeadDim / 16; ++i) {
+      wgmma_shared<T>(scores, descriptor(rows + i / 4 * kQueryPanel + i % 4 * 32, 16),
+                      descriptor(keys + i / 4 * kKeyPanel + i % 4 * 32, 16), 1);
     }
     wgmma_commit();
   }
 
-  // The first kCount * 16 values of a tile.
-  template <int kCount = kKeys / 16>
   __device__ __forceinline__ void multiply_values(Out& out, const Weights& weights, uint32_t values, bool accumulate) {
     wgmma_fence();
     if constexpr (kResident) {
@@ -138,37 +85,24 @@ struct Consumer {
       wgmma_registers<T>(out, weights, descriptor(values, kKeyPanel), accumulate);
     }
 #pragma unroll
-    for (int i = 1; i < kCount; ++i) {
+    for (int i = 1; i < kKeys / 16; ++i) {
       wgmma_registers<T>(out, weights + 4 * i, descriptor(values + i * 16 * kPanelRowBytes, kKeyPanel), 1);
     }
     wgmma_commit();
   }
-  // The last key tile of a block has `keys`, a multiple of 16. What lies beyond them in shared memory may be NaN, and is
-  // not multiplied.
-  template <int... kCounts>
-  __device__ __forceinline__ void multiply_last_values(Out& out, const Weights& weights, uint32_t values, int keys,
-                                                       std::integer_sequence<int, kCounts...>) {
-    ((keys == 16 * (kCounts + 1) ? multiply_values<kCounts + 1>(out, weights, values, true) : void()), ...);
-  }
-  __device__ __forceinline__ void multiply_last_values(Out& out, const Weights& weights, uint32_t values, int keys) {
-    if (keys == kKeys) {
-      multiply_values(out, weights, values, true);
-    } else {
-      multiply_last_values(out, weights, values, keys, std::make_integer_sequence<int, kKeys / 16 - 1>());
-    }
-  }
 
+  // keys: a multiple of 16.
   __device__ __forceinline__ void mask(Scores& scores, int keys) {
 #pragma unroll
     for (int i = 0; i < kScores / 4; ++i) {
-      if (8 * i >= keys) {  // a multiple of 16
+      if (8 * i >= keys) {
         scores[4 * i] = scores[4 * i + 1] = scores[4 * i + 2] = scores[4 * i + 3] = -INFINITY;
       }
     }
   }
 
   // Scores become weights relative to the largest score so far; returns what to multiply earlier sums with.
-  __device__ __forceinline__ float2 soften(Scores& scores, bool first) {
+  __device__ __forceinline__ float2 soften(Scores& scores, Softmax& softmax, bool first) {
     float a = fmaxf(scores[0], scores[1]), b = fmaxf(scores[2], scores[3]);
 #pragma unroll
     for (int i = 1; i < kScores / 4; ++i) {
@@ -180,13 +114,13 @@ struct Consumer {
     a = fmaxf(a, __shfl_xor_sync(0xffffffffu, a, 2));
     b = fmaxf(b, __shfl_xor_sync(0xffffffffu, b, 2));
     float2 shrink = make_float2(0.f, 0.f);
-    const float before_a = largest[0], before_b = largest[1];
+    const float before_a = softmax.largest[0], before_b = softmax.largest[1];
     if (!first) {
       a = fmaxf(a, before_a);
       b = fmaxf(b, before_b);
     }
-    largest[0] = a;
-    largest[1] = b;
+    softmax.largest[0] = a;
+    softmax.largest[1] = b;
     // -inf - -inf would be NaN.
     const float base_a = a == -INFINITY ? 0.f : a * scale, base_b = b == -INFINITY ? 0.f : b * scale;
     if (!first) {
@@ -205,8 +139,8 @@ struct Consumer {
       sum_b += scores[4 * i + 2];
       more_b += scores[4 * i + 3];
     }
-    sum[0] = first ? sum_a + more_a : sum[0] * shrink.x + (sum_a + more_a);
-    sum[1] = first ? sum_b + more_b : sum[1] * shrink.y + (sum_b + more_b);
+    softmax.sum[0] = first ? sum_a + more_a : softmax.sum[0] * shrink.x + (sum_a + more_a);
+    softmax.sum[1] = first ? sum_b + more_b : softmax.sum[1] * shrink.y + (sum_b + more_b);
     return shrink;
   }
 
@@ -226,11 +160,11 @@ struct Consumer {
   }
 
   // One of this thread's two rows: four lanes hold it, and write 64 bytes of it at a time.
-  __device__ __forceinline__ void store(const Out& out, const Work& work) {
+  __device__ __forceinline__ void store(const Out& out, const Softmax& softmax, const Work& work) {
     char* to = static_cast<char*>(p.partials.out) + (work.first + row()) * (kHeadDim * 2) + lane() % 4 * 16;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float total = sum[half];
+      float total = softmax.sum[half];
       total += __shfl_xor_sync(0xffffffffu, total, 1);
       total += __shfl_xor_sync(0xffffffffu, total, 2);
       const float inverse = total == 0.f ? 0.f : __fdividef(1.f, total);  // 1 <= total, unless no key counts
@@ -246,120 +180,92 @@ struct Consumer {
         store_streaming(to + 8 * half * (kHeadDim * 2) + 64 * c, words[0], words[1], words[2], words[3]);
       }
       if (lane() % 4 == 0) {
-        const float base = largest[half] == -INFINITY ? 0.f : largest[half] * scale;
+        const float base = softmax.largest[half] == -INFINITY ? 0.f : softmax.largest[half] * scale;
         p.partials.lse[work.first + row() + 8 * half] = base + __log2f(total);
       }
     }
   }
 
-  __device__ __forceinline__ void run() {
-    Ring<P::kTileSlots> tiles;
-    tiles.advance(threadIdx.x / kWarpgroup - 1);
-    const char* rows[2];
-    Work work = read_tile(tiles, rows);
-    if (work.item < 0) return;
-    load_queries(rows);
-    if constexpr (kResident) {
-      run_resident(tiles, work);
-    } else {
-      run_streamed(tiles, work);
+  // Keys and values of a resident block.
+  __device__ __forceinline__ Ring<P::kKeySlots> slot_of(const Work& work) const {
+    return {work.item % P::kKeySlots, static_cast<uint32_t>(work.item / P::kKeySlots & 1)};
+  }
+
+  // Scores of the queries in the slot and the keys in `key`.
+  __device__ __forceinline__ void start_scores(Scores& scores, const Ring<P::kKeySlots>& key) {
+    mbarrier_wait(shared_address(&memory.key_full[key.slot]), key.phase);
+    multiply_keys(scores, shared_address(memory.queries[queries.slot]), shared_address(memory.keys[key.slot]));
+  }
+  __device__ __forceinline__ void end_scores(Scores& scores, const Ring<P::kKeySlots>& key, int releases, bool last) {
+    settle(scores);
+    if (releases) arrive(&memory.key_empty[key.slot], releases);
+    if (last) {
+      release_queries();
+      if (schedule.last_keys < kKeys) mask(scores, schedule.last_keys);
     }
   }
 
-  __device__ __forceinline__ void run_resident(Ring<P::kTileSlots>& tiles, Work work) {
-    const int keys = schedule.last_keys;
-    for (;;) {
-      Queries queries;
+  __device__ __forceinline__ void run() {
+    tiles.advance(threadIdx.x / kWarpgroup - 1);
+    queries.advance(threadIdx.x / kWarpgroup - 1);
+    Work work = take_tile();
+    if (work.item < 0) return;
+    const int steps = kResident ? 1 : schedule.steps;
+    int step = 0;  // of the key tile whose weights wait for their product
+    Ring<P::kKeySlots> key;
+    if (kResident) key = slot_of(work);
+    Softmax softmax;
+    Out out;
+    Weights weights;
+    {
       Scores scores;
-      Out out;
-      Weights weights;
-      const int slot = work.item % P::kKeySlots;
-      const uint32_t phase = work.item / P::kKeySlots & 1;
-      mbarrier_wait(shared_address(&memory.key_full[slot]), phase);
-      take_queries(queries);
-      multiply_keys(scores, queries, shared_address(memory.keys[slot]));
-      const char* rows[2] = {nullptr, nullptr};
-      const Work next = read_tile(tiles, rows);
+      start_scores(scores, key);
       wgmma_wait<0>();
-      settle(scores);
-      if (next.item >= 0) load_queries(rows);
-      if (work.releases) arrive(&memory.key_empty[slot], work.releases);
-      if (keys < kKeys) mask(scores, keys);
-      soften(scores, true);
+      end_scores(scores, key, kResident ? work.releases : 1, steps == 1);
+      soften(scores, softmax, true);
       pack_weights(weights, scores);
-      mbarrier_wait(shared_address(&memory.value_full[slot]), phase);
-      multiply_last_values(out, weights, shared_address(memory.values[slot]), keys);
+    }
+    for (;;) {
+      const bool last = kResident || step + 1 == steps;
+      Work next = work;
+      if (last) {
+        next = take_tile();
+        if (next.item < 0) break;
+      }
+      Ring<P::kKeySlots> after = key;
+      if (kResident) {
+        after = slot_of(next);
+      } else {
+        after.advance();
+      }
+      Scores scores;
+      start_scores(scores, after);
+      mbarrier_wait(shared_address(&memory.value_full[key.slot]), key.phase);
+      multiply_values(out, weights, shared_address(memory.values[key.slot]), step > 0);
+      wgmma_wait<1>();
+      const int next_step = last ? 0 : step + 1;
+      end_scores(scores, after, kResident ? next.releases : 1, kResident || next_step + 1 == steps);
+      const Softmax before = softmax;
+      const float2 shrink = soften(scores, softmax, last);
       wgmma_wait<0>();
       settle(out);
-      if (work.releases) arrive(&memory.value_empty[slot], work.releases);
-      store(out, work);
-      if (next.item < 0) return;
-      work = next;
-    }
-  }
-
-  __device__ __forceinline__ void run_streamed(Ring<P::kTileSlots>& tiles, Work work) {
-    Ring<P::kKeySlots> key;
-    const int steps = schedule.steps, last_keys = schedule.last_keys;
-    for (;;) {
-      const char* rows[2] = {nullptr, nullptr};
-      const Work next = read_tile(tiles, rows);
-      if (work.count == 0) {
-        for (int step = 0; step < steps; ++step, key.advance()) {
-          mbarrier_wait(shared_address(&memory.key_full[key.slot]), key.phase);
-          arrive(&memory.key_empty[key.slot]);
-          mbarrier_wait(shared_address(&memory.value_full[key.slot]), key.phase);
-          arrive(&memory.value_empty[key.slot]);
-        }
-        if (next.item >= 0) load_queries(rows);
+      settle(weights);
+      if (!kResident || work.releases) arrive(&memory.value_empty[key.slot], kResident ? work.releases : 1);
+      if (last) {
+        store(out, before, work);
       } else {
-        Queries queries;
-        Scores scores;
-        Out out;
-        Weights weights;
-        take_queries(queries);
-        mbarrier_wait(shared_address(&memory.key_full[key.slot]), key.phase);
-        multiply_keys(scores, queries, shared_address(memory.keys[key.slot]));
-        wgmma_wait<0>();
-        settle(scores);
-        arrive(&memory.key_empty[key.slot]);
-        soften(scores, true);
-        pack_weights(weights, scores);
-        bool accumulate = false;
-#pragma unroll 1
-        for (int step = 1; step < steps; ++step) {
-          Ring<P::kKeySlots> after = key;
-          after.advance();
-          mbarrier_wait(shared_address(&memory.key_full[after.slot]), after.phase);
-          mbarrier_wait(shared_address(&memory.value_full[key.slot]), key.phase);
-          multiply_keys(scores, queries, shared_address(memory.keys[after.slot]));
-          multiply_values(out, weights, shared_address(memory.values[key.slot]), accumulate);
-          wgmma_wait<1>();
-          settle(scores);
-          arrive(&memory.key_empty[after.slot]);
-          if (step + 1 == steps && last_keys < kKeys) mask(scores, last_keys);
-          const float2 shrink = soften(scores, false);
-          wgmma_wait<0>();
-          settle(out);
-          settle(weights);
-          arrive(&memory.value_empty[key.slot]);
-          rescale(out, shrink);
-          pack_weights(weights, scores);
-          accumulate = true;
-          key = after;
-        }
-        if (next.item >= 0) load_queries(rows);
-        mbarrier_wait(shared_address(&memory.value_full[key.slot]), key.phase);
-        multiply_last_values(out, weights, shared_address(memory.values[key.slot]), last_keys);
-        wgmma_wait<0>();
-        settle(out);
-        arrive(&memory.value_empty[key.slot]);
-        key.advance();
-        store(out, work);
+        rescale(out, shrink);
       }
-      if (next.item < 0) return;
+      pack_weights(weights, scores);
       work = next;
+      key = after;
+      step = next_step;
     }
+    mbarrier_wait(shared_address(&memory.value_full[key.slot]), key.phase);
+    multiply_values(out, weights, shared_address(memory.values[key.slot]), step > 0);
+    wgmma_wait<0>();
+    settle(out);
+    store(out, softmax, work);
   }
 };
 

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(Plan<kHeadDim, kMode>::kThreads, 1)
     }
     if constexpr (P::kPast) {
       for (int i = 0; i < P::kConsumers * P::kStages; ++i) {
-        mbarrier_init(shared_address(&memory.past.full[0][0] + i), 32 + 1);
+        mbarrier_init(shared_address(&memory.past.full[0][0] + i), kRows / kGatherRows * (32 + 1));
         mbarrier_init(shared_address(&memory.past.empty[0][0] + i), kWarpgroup / 32);
       }
     }
@@ -37,23 +37,22 @@ __global__ void __launch_bounds__(Plan<kHeadDim, kMode>::kThreads, 1)
   }
   __syncthreads();
   const int warpgroup = threadIdx.x / kWarpgroup;
-  if (warpgroup == 0) {
+  if (warpgroup < P::kProducers) {
     setmaxnreg_decrease<P::kProducerRegisters>();
-    const int warp = threadIdx.x / 32;
-    if (warp == 0) {
-      if (threadIdx.x == 0) {
-        Loader<kHeadDim, kMode> loader{p, schedule, &map_q, &map_k, &map_v, memory};
-        loader.run();
-      }
-    } else if (P::kPast && warp <= P::kConsumers) {
-      if constexpr (P::kPast) {
-        Gatherer<T, kHeadDim, kMode> gatherer{p, schedule, memory, warp - 1};
+    if (threadIdx.x == 0) {
+      Loader<kHeadDim, kMode> loader{p, schedule, &map_q, &map_k, &map_v, memory};
+      loader.run();
+    }
+    if constexpr (P::kPast) {
+      if (warpgroup == 1) {
+        const int warp = threadIdx.x % kWarpgroup / 32;
+        Gatherer<T, kHeadDim, kMode> gatherer{p, schedule, memory, warp / 2, warp % 2};
         gatherer.run();
       }
     }
   } else {
     setmaxnreg_increase<P::kConsumerRegisters>();
-    Consumer<T, kHeadDim, kMode> consumer{p, schedule, memory, warpgroup - 1,
+    Consumer<T, kHeadDim, kMode> consumer{p, schedule, memory, warpgroup - P::kProducers,
                                           static_cast<float>(p.softmax_scale) * kLog2e};
     consumer.run();
   }

@@ -17,6 +17,7 @@ enum class Mode {
 constexpr int kWarpgroup = 128;
 
 constexpr int kRows = 64;  // of a consumer
+constexpr int kGatherRows = 32;  // of a stage, gathered by one warp
 constexpr int kKeys = 128;  // of one product
 // Consumers take turns at the tensor cores in tiles of so many key tiles; in shorter ones they would only wait.
 constexpr int kTurnSteps = 3;
@@ -55,14 +56,18 @@ struct NoPast {};
 template <int kHeadDim, Mode kMode>
 struct Plan {
   static constexpr bool kPast = kMode != Mode::kDense;
-  // One producer warpgroup, then consumer warpgroups of 64 queries each. The kernel starts with 168 registers each; what
-  // the producer gives up is all that the consumers can get.
+  // The producers (a warpgroup whose first thread loads by TMA and, for partial results, one whose warps gather them),
+  // then consumer warpgroups of 64 queries each. All start with kStartRegisters; what the producers give up is all that
+  // the consumers can get.
+  static constexpr int kProducers = kPast ? 2 : 1;
   static constexpr int kConsumers = 2;
   static constexpr int kTileRows = kConsumers * kRows;
-  static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
-  static constexpr int kProducerRegisters = kPast ? 72 : 40;
-  static constexpr int kConsumerRegisters = kPast ? 216 : 232;
-  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 168 * (1 + kConsumers));
+  static constexpr int kThreads = kWarpgroup * (kProducers + kConsumers);
+  static constexpr int kStartRegisters = kPast ? 128 : 168;
+  static constexpr int kProducerRegisters = !kPast ? 40 : kHeadDim == 128 ? 48 : 64;
+  static constexpr int kConsumerRegisters = !kPast ? 232 : kHeadDim == 128 ? 208 : 192;
+  static_assert(kProducers * kProducerRegisters + kConsumers * kConsumerRegisters <=
+                kStartRegisters * (kProducers + kConsumers));
 
   static constexpr int kPanels = kHeadDim / 64;
   static constexpr int kQueryBytes = kRows * kHeadDim * 2;
@@ -71,7 +76,7 @@ struct Plan {
   static constexpr int kTiles = 4;
   static constexpr int kQuerySlots = kMode == Mode::kShort || (kPast && kHeadDim == 128) ? 1 : 2;
   static constexpr int kKeySlots = kMode == Mode::kShort ? 1 : kHeadDim == 128 ? 2 : 4;
-  static constexpr int kStages = kMode == Mode::kShort ? (kHeadDim == 128 ? 4 : 9) : (kHeadDim == 128 ? 2 : 3);
+  static constexpr int kStages = (kMode == Mode::kShort ? 4 : 2) * (kHeadDim == 128 ? 1 : 2);
 
   struct Memory {
     unsigned char keys[kKeySlots][kKeyBytes];

@@ -1,5 +1,5 @@
 // The producer warpgroup of the current-block kernel: one thread loads queries, keys and values by TMA, and for each
-// consumer one warp gathers the partial results of its rows by cp.async.
+// consumer two warps gather the partial results of its rows by cp.async.
 #pragma once
 
 #include "cuda/sm90/current_tile.cuh"
@@ -45,8 +45,17 @@ struct Loader {
     value.advance();
   }
 
+  // The gathering warps look them up one after the other.
+  __device__ __forceinline__ void prefetch_positions(const Tile& tile) const {
+    const int64_t row = (tile.unit - schedule.unit_begin) * p.shape.rows + tile.row;
+    const uintptr_t from = reinterpret_cast<uintptr_t>(p.lists.positions + row * schedule.slots);
+    const int bytes = (tile.rows * schedule.slots * static_cast<int>(sizeof(int32_t)) + from % 16) & ~15;
+    if (bytes > 0) bulk_prefetch_l2(reinterpret_cast<const void*>(from & ~uintptr_t(15)), bytes);
+  }
+
   __device__ __forceinline__ void run() {
     for_each_tile<P::kTileRows>(p.shape, schedule, [&](const Tile& tile) {
+      if (P::kPast) prefetch_positions(tile);
       uint64_t* full = &memory.query_full[query.slot()];
       mbarrier_wait(shared_address(&memory.query_empty[query.slot()]), query.phase() ^ 1);
       memory.tiles[query.count % P::kTiles] = tile;
@@ -75,116 +84,86 @@ struct Loader {
 // Where 16 bytes of a partial result lie in its row of a stage: two neighbouring rows are read at a time.
 __device__ __forceinline__ int staged_part(int row, int part) { return part ^ ((row & 1) << 2); }
 
+// One warp: half of the rows of a consumer.
 template <class T, int kHeadDim, Mode kMode>
 struct Gatherer {
   using P = Plan<kHeadDim, kMode>;
-  static constexpr int kParts = kHeadDim / 8;  // of 16 bytes, one a lane
-  static constexpr int kRowsAtOnce = 32 / kParts;
+  static constexpr int kRowBytes = kHeadDim * 2, kParts = kRowBytes / 16;  // a part a lane
+  static constexpr int kRowsAtOnce = 32 / kParts, kAtOnce = kParts / 2;
   static constexpr unsigned kAll = 0xffffffffu;
 
   const CurrentParams& p;
   const Schedule& schedule;
   typename P::Memory& memory;
-  int consumer;
+  int consumer, half;
 
   Ring<P::kStages> ring;
 
-  // The slots of one row that hold a partial result, one after the other.
-  struct Slots {
-    const int32_t* positions;
-    int next, end;
-    __device__ __forceinline__ int take() {
-      while (next < end) {
-        const int position = __ldg(positions + next++);
-        if (position >= 0) return position;
-      }
-      return kUnused;
-    }
-  };
-
   __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
 
-  // `half` of the rows, whose positions the lanes hold.
-  __device__ __forceinline__ void copy_rows(Stage<kHeadDim>& stage, const char* from, int half, int position) {
-    constexpr int kRowBytes = kHeadDim * 2, kAtOnce = 8;
+  // Of the rows of the consumer, one after the other.
+  __device__ __forceinline__ const int32_t* positions_of(const Tile& tile) const {
+    const int64_t row = (tile.unit - schedule.unit_begin) * p.shape.rows + tile.row + consumer * kRows;
+    return p.lists.positions + row * schedule.slots;
+  }
+
+  // Each lane holds the position of a row; a row is copied by kParts lanes.
+  __device__ __forceinline__ void copy_rows(uint32_t to, const char* from, int position) {
     const int part = lane() % kParts;
-    const uint32_t to = shared_address(stage.rows) + (half * 32 + lane() / kParts) * kRowBytes;
 #pragma unroll 1
-    for (int i0 = 0; i0 < kParts; i0 += kAtOnce) {
+    for (int row0 = lane() / kParts; row0 < kGatherRows; row0 += kAtOnce * kRowsAtOnce) {
       int positions[kAtOnce];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        positions[i] = __shfl_sync(kAll, position, (i0 + i) * kRowsAtOnce + lane() / kParts);
-      }
+      for (int i = 0; i < kAtOnce; ++i) positions[i] = __shfl_sync(kAll, position, row0 + i * kRowsAtOnce);
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const int row = (i0 + i) * kRowsAtOnce;
-        cp_async_16(to + row * kRowBytes + staged_part(row + lane() / kParts, part) * 16,
+        const int row = row0 + i * kRowsAtOnce;
+        cp_async_16(to + row * kRowBytes + staged_part(row, part) * 16,
                     from + static_cast<int64_t>(max(positions[i], 0)) * kRowBytes, positions[i] >= 0 ? 16 : 0);
       }
     }
   }
 
-  // Of the rows of this consumer, one after the other.
-  __device__ __forceinline__ const int32_t* positions_of(const Tile& tile) const {
-    const int64_t row = (tile.unit - schedule.unit_begin) * p.shape.rows + tile.row + consumer * kRows;
-    return p.lists.positions + row * schedule.slots;
-  }
-  __device__ __forceinline__ void prefetch_positions(const Tile& tile) const {
-    constexpr int kLine = 128 / sizeof(int32_t);
-    const int count = min(tile.rows - consumer * kRows, kRows) * schedule.slots;
-    for (int i = lane() * kLine; i < count; i += 32 * kLine) prefetch_l2(positions_of(tile) + i);
-  }
-
   __device__ __forceinline__ void gather(const Tile& tile) {
-    const int local = tile.unit - schedule.unit_begin;
-    const int64_t first_entry = local / schedule.heads_per_key_head * capacity(p.shape);
-    const char* partials = static_cast<const char*>(p.partials.out) + first_entry * kHeadDim * 2 + lane() % kParts * 16;
+    const int64_t first_entry =
+        (tile.unit - schedule.unit_begin) / schedule.heads_per_key_head * capacity(p.shape);
+    const char* partials = static_cast<const char*>(p.partials.out) + first_entry * kRowBytes + lane() % kParts * 16;
     const float* lses = p.partials.lse + first_entry;
-    Slots slots[2];
-    int count[2];
-    bool current[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = half * 32 + lane();
-      const bool exists = consumer * kRows + row < tile.rows;
-      slots[half] = {positions_of(tile) + row * schedule.slots, 0, exists ? schedule.slots : 0};
-      count[half] = 0;
-      current[half] = !exists;
-    }
+    // A lane looks up one row of this half, and counts in the other half too, as a consumer has one number of stages.
+    const int row = half * kGatherRows + lane(), other = row ^ kGatherRows;
+    const int rows = tile.rows - consumer * kRows;
+    const int32_t* positions = positions_of(tile) + row * schedule.slots;
+    const int32_t* other_positions = positions_of(tile) + other * schedule.slots;
+    int count = 0, other_count = 0;
+    bool current = row >= rows;
 #pragma unroll 4
     for (int slot = 0; slot < schedule.slots; ++slot) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int position = slot < slots[half].end ? __ldg(slots[half].positions + slot) : kUnused;
-        current[half] = current[half] || position == kCurrent;
-        count[half] += position >= 0;
-      }
+      const int position = row < rows ? __ldg(positions + slot) : kUnused;
+      current = current || position == kCurrent;
+      count += position >= 0;
+      other_count += other < rows && __ldg(other_positions + slot) >= 0;
     }
-    const int stages = __reduce_max_sync(kAll, max(count[0], count[1]));
-    const uint32_t has_current[2] = {__ballot_sync(kAll, current[0]), __ballot_sync(kAll, current[1])};
+    const int stages = __reduce_max_sync(kAll, max(count, other_count));
+    const uint32_t has_current = __ballot_sync(kAll, current);
+    int slot = row < rows ? 0 : schedule.slots;
     for (int i = 0; i < max(stages, 1); ++i) {
-      int position[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) position[half] = slots[half].take();
+      int position = kUnused;
+      while (position < 0 && slot < schedule.slots) position = __ldg(positions + slot++);
       __syncwarp();
       Stage<kHeadDim>& stage = memory.past.stages[consumer][ring.slot()];
       const uint32_t full = shared_address(&memory.past.full[consumer][ring.slot()]);
       mbarrier_wait(shared_address(&memory.past.empty[consumer][ring.slot()]), ring.phase() ^ 1);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = half * 32 + lane();
-        if (position[half] >= 0) {
-          cp_async_4(shared_address(stage.lse + row), lses + position[half]);
-        } else {
-          stage.lse[row] = -INFINITY;
-        }
-        if (lane() == 0) stage.has_current[half] = has_current[half];
+      if (position >= 0) {
+        cp_async_4(shared_address(stage.lse + row), lses + position);
+      } else {
+        stage.lse[row] = -INFINITY;
       }
-      if (lane() == 0) stage.stages = stages;
+      if (lane() == 0) {
+        stage.has_current[half] = has_current;
+        stage.stages = stages;
+      }
       if (stages > 0) {
-        copy_rows(stage, partials, 0, position[0]);
-        copy_rows(stage, partials, 1, position[1]);
+        copy_rows(shared_address(stage.rows) + half * kGatherRows * kRowBytes, partials, position);
       }
       cp_async_mbarrier_arrive(full);
       __syncwarp();
@@ -194,14 +173,7 @@ struct Gatherer {
   }
 
   __device__ __forceinline__ void run() {
-    Tile next;
-    next.rows = 0;
-    for_each_tile<P::kTileRows>(p.shape, schedule, [&](const Tile& tile) {
-      prefetch_positions(tile);
-      if (next.rows > 0) gather(next);
-      next = tile;
-    });
-    if (next.rows > 0) gather(next);
+    for_each_tile<P::kTileRows>(p.shape, schedule, [&](const Tile& tile) { gather(tile); });
     cp_async_wait_all();
   }
 };

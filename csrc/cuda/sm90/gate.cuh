@@ -24,11 +24,11 @@ struct GateProducer {
   Ring<P::kQueryStages> query;
   Ring<P::kStages> mean;
 
-  __device__ __forceinline__ void load_queries(int consumer, const GateTile& tile) {
+  __device__ __forceinline__ void load_queries(int consumer, const GateTile& tile, int row, int head, int group) {
     const uint32_t full = shared_address(&memory.query_full[query.slot][consumer]);
     mbarrier_wait(shared_address(&memory.query_empty[query.slot][consumer]), query.phase ^ 1);
     memory.tiles[query.slot][consumer] = tile;
-    if (tile.rows <= 0 || tile.steps == 0) {
+    if (tile.rows <= 0 || tile.steps <= 0) {
       mbarrier_arrive(full);
       return;
     }
@@ -36,7 +36,7 @@ struct GateProducer {
 #pragma unroll
     for (int panel = 0; panel < P::kPanels; ++panel) {
       tma_load_4d(shared_address(memory.queries[query.slot][consumer]) + panel * (kGateQueries * kPanelRowBytes), map_q,
-                  full, panel * kPanelColumns, tile.row, tile.unit % schedule.heads, tile.unit / schedule.heads);
+                  full, panel * kPanelColumns, row, head, group);
     }
   }
 
@@ -55,29 +55,35 @@ struct GateProducer {
   // One thread.
   __device__ __forceinline__ void run() {
     const Shape& shape = p.shape;
-    for (int index = blockIdx.x; index < schedule.units * schedule.unit_tiles; index += gridDim.x) {
-      const int number = schedule.unit_tiles - 1 - index / schedule.units, unit = index % schedule.units;
-      const Sequence sequence = sequence_of_part(shape, shape.cu_seqlens_q, shape.rows, number, P::kTileRows);
-      const int offset =
-          (number - static_cast<int>(first_part(sequence.row_begin, sequence.index, P::kTileRows))) * P::kTileRows;
+    const int size = static_cast<int>(shape.block_size), heads = static_cast<int>(shape.heads);
+    for (int index = blockIdx.x; index < schedule.tiles; index += gridDim.x) {
+      const int turn = schedule.units.divide(index), unit = index - turn * static_cast<int>(schedule.units.divisor);
+      const int number = schedule.unit_tiles - 1 - turn;
+      Sequence sequence{0, 0, shape.rows, 0, shape.keys};
+      int offset = number * P::kTileRows, first_block = 0;
+      if (shape.cu_seqlens_q != nullptr) {
+        sequence = sequence_of_part(shape, shape.cu_seqlens_q, shape.rows, number, P::kTileRows);
+        offset -= static_cast<int>(first_part(sequence.row_begin, sequence.index, P::kTileRows)) * P::kTileRows;
+        first_block = static_cast<int>(first_part(sequence.key_begin, sequence.index, size));
+      }
       if (offset < 0 || offset >= sequence.rows) continue;
       const int rows = min(P::kTileRows, static_cast<int>(sequence.rows) - offset);
       const int row = static_cast<int>(sequence.row_begin) + offset;
-      const int last = static_cast<int>(sequence.position(row + rows - 1)), size = static_cast<int>(shape.block_size);
-      const int steps = last < 0 ? 0 : (last / size + kGateMeans - 1) / kGateMeans;
+      const int position = static_cast<int>(sequence.keys - sequence.rows) + offset, last = position + rows - 1;
+      const int steps = last < 0 ? 0 : (schedule.block_size.divide(last) + kGateMeans - 1) / kGateMeans;
+      const int group = schedule.heads.divide(unit), head = unit - group * heads;
+      const int64_t route = group * p.route.group + head * p.route.head + row * p.route.row;
 #pragma unroll 1
       for (int consumer = 0; consumer < P::kConsumers; ++consumer) {
         const int skipped = consumer * kGateQueries;
-        load_queries(consumer, {unit, row + skipped, min(kGateQueries, rows - skipped),
-                                static_cast<int>(sequence.position(row + skipped)), steps});
+        const GateTile tile{route + skipped * p.route.row, rows - skipped, position + skipped, steps};
+        load_queries(consumer, tile, row + skipped, head, group);
       }
       query.advance();
-      const int unit_k = unit / schedule.heads_per_key_head;
-      const int first =
-          unit_k * schedule.blocks + static_cast<int>(first_part(sequence.key_begin, sequence.index, size));
+      const int first = schedule.heads_per_key_head.divide(unit) * schedule.blocks + first_block;
       for (int step = steps - 1; step >= 0; --step) load_means(first + step * kGateMeans);
     }
-    for (int consumer = 0; consumer < P::kConsumers; ++consumer) load_queries(consumer, {-1, 0, 0, 0, 0});
+    for (int consumer = 0; consumer < P::kConsumers; ++consumer) load_queries(consumer, {0, 0, 0, -1}, 0, 0, 0);
   }
 };
 
@@ -109,37 +115,41 @@ struct GateConsumer {
     settle(scores);
   }
 
-  // Blocks from `current` on are no candidates; counted from the first column of the step.
-  __device__ __forceinline__ void mask(int current0, int current1) {
+  // Blocks from `current` on are no candidates, and all before `fewest` are; counted from the first column of the step.
+  __device__ __forceinline__ void mask(int current0, int current1, int fewest) {
+    constexpr int kAtOnce = 4;
 #pragma unroll
-    for (int i = 0; i < kGateGroups; ++i) {
-      const int column = 8 * i + threadIdx.x % 4 * 2;
-      if (column >= current0) scores[4 * i] = NAN;
-      if (column + 1 >= current0) scores[4 * i + 1] = NAN;
-      if (column >= current1) scores[4 * i + 2] = NAN;
-      if (column + 1 >= current1) scores[4 * i + 3] = NAN;
+    for (int first = 0; first < kGateGroups; first += kAtOnce) {
+      if (8 * (first + kAtOnce) <= fewest) continue;
+#pragma unroll
+      for (int i = first; i < first + kAtOnce; ++i) {
+        const int column = 8 * i + threadIdx.x % 4 * 2;
+        if (column >= current0) scores[4 * i] = NAN;
+        if (column + 1 >= current0) scores[4 * i + 1] = NAN;
+        if (column >= current1) scores[4 * i + 2] = NAN;
+        if (column + 1 >= current1) scores[4 * i + 3] = NAN;
+      }
     }
   }
 
   __device__ __forceinline__ void run() {
     const int consumer = threadIdx.x / 128, lane = threadIdx.x % 32;
     const int first_row = threadIdx.x % 128 / 32 * 16;  // of the warp
-    const int size = static_cast<int>(p.shape.block_size);
     GateSelection<kHeadDim, kKept> selection(memory.warps[threadIdx.x / 32], static_cast<int>(p.shape.slots) - 1);
 #pragma unroll
     for (int i = 0; i < 64; ++i) scores[i] = 0;
     for (;; query.advance()) {
       mbarrier_wait(shared_address(&memory.query_full[query.slot][consumer]), query.phase);
       const GateTile tile = memory.tiles[query.slot][consumer];
-      if (tile.unit < 0) return;
+      if (tile.steps < 0) return;
       const auto current_of = [&](int row) {
         const int position = tile.position + row;
-        return position < 0 ? -1 : position / size;
+        return position < 0 ? -1 : schedule.block_size.divide(position);
       };
       const int row0 = first_row + lane / 4, row1 = row0 + 8;
       const int current0 = row0 < tile.rows ? current_of(row0) : 0, current1 = row1 < tile.rows ? current_of(row1) : 0;
       // Of the whole tile, and of this warp.
-      const int tile_blocks = tile.rows > 0 ? current_of(tile.rows - 1) : 0;
+      const int tile_blocks = tile.rows > 0 ? current_of(min(tile.rows, kGateQueries) - 1) : 0;
       const int warp_blocks = __reduce_max_sync(0xffffffffu, max(current0, current1));
       const int fewest = current_of(first_row);
       selection.begin(current0 > 0, current1 > 0);
@@ -153,12 +163,12 @@ struct GateConsumer {
         if (step == 0) arrive(&memory.query_empty[query.slot][consumer]);
         mean.advance();
         if (begin < warp_blocks) {
-          if (begin + kGateMeans > fewest) mask(current0 - begin, current1 - begin);
-          selection.take(scores, step);
+          if (begin + kGateMeans > fewest) mask(current0 - begin, current1 - begin, fewest - begin);
+          selection.take(scores, step, warp_blocks - begin);
         }
       }
       if (tile.steps == 0) arrive(&memory.query_empty[query.slot][consumer]);
-      int32_t* route = unit_base<int32_t>(p.route, tile.unit, p.shape.heads) + tile.row * p.route.row;
+      int32_t* route = static_cast<int32_t*>(p.route.data) + tile.route;
       selection.write(0, current0, row0 < tile.rows ? route + row0 * p.route.row : nullptr);
       selection.write(1, current1, row1 < tile.rows ? route + row1 * p.route.row : nullptr);
     }
@@ -217,12 +227,13 @@ cudaError_t Gate<T, kHeadDim, kKept>::launch(const GateParams& p, const CUtensor
                                                       : shape.rows / P::kTileRows + shape.sequences;
   if (tiles * shape.units() > INT32_MAX - max_grid) return cudaErrorInvalidValue;
   const GateSchedule schedule{
-      .units = static_cast<int>(shape.units()),
       .unit_tiles = static_cast<int>(tiles),
-      .heads = static_cast<int>(shape.heads),
-      .heads_k = static_cast<int>(shape.heads_k),
-      .heads_per_key_head = static_cast<int>(shape.heads_per_key_head()),
+      .tiles = static_cast<int>(tiles * shape.units()),
       .blocks = static_cast<int>(shape.blocks()),
+      .units = Divisor(shape.units()),
+      .heads = Divisor(shape.heads),
+      .heads_per_key_head = Divisor(shape.heads_per_key_head()),
+      .block_size = Divisor(shape.block_size),
   };
   constexpr int kBytes = sizeof(typename P::Memory);
   const auto kernel = gate_kernel<T, kHeadDim, kKept>;

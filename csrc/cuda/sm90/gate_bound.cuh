@@ -1,4 +1,4 @@
-// A first lower bound of the k-th best score of a row, from registers: the k-th largest of the maxima of 32 groups of
+// A lower bound of the k-th best score of a row, from registers: the k-th largest of the maxima of 32 classes of
 // columns, as k different scores reach it. Sorting networks on numbers alone; four lanes share a row.
 #pragma once
 
@@ -63,8 +63,11 @@ __device__ __forceinline__ float pick(const float (&x)[kCount], int index) {
 
 // The count-th largest of the maxima that four lanes hold, 8 each; count <= kKept.
 template <int kKept>
-__device__ __forceinline__ float largest_of_quad(float (&maxima)[8], int count) {
+__device__ __forceinline__ float largest_of_quad(const float (&unsorted)[8], int count) {
   static_assert(kKept == 2 || kKept == 8 || kKept == 16);
+  float maxima[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) maxima[i] = unsorted[i];
   sort(maxima);
   float best[kKept];
   if constexpr (kKept == 16) {

@@ -13,11 +13,10 @@ constexpr int kGateGroups = kGateMeans / 8;
 
 // The queries of one consumer.
 struct GateTile {
-  int32_t unit;      // -1: no more work
-  int32_t row;       // of the unit: the first one
+  int64_t route;     // offset of the first row
   int32_t rows;      // at most 0: none
   int32_t position;  // of the first row in its sequence
-  int32_t steps;     // for all consumers together
+  int32_t steps;     // for all consumers together; -1: no more work
 };
 
 // kKept: room for the best blocks of a row.
@@ -33,10 +32,12 @@ struct GatePlan {
   static constexpr int kMeanBytes = kGateMeans * kHeadDim * 2;
   static constexpr int kStages = kHeadDim == 64 ? 4 : 2;
   static constexpr int kQueryStages = kHeadDim == 128 && kKept == 64 ? 1 : 2;
-  // Candidates are staged in lists of one lane each, and checked for room kParts times a step.
+  // Candidates are staged in lists of one lane each, and checked for room after each part of a step.
   static constexpr int kEntries = kKept <= 8 ? 16 : kKept == 16 ? 12 : 8;
-  static constexpr int kParts = kKept <= 8 ? 2 : 4;
+  static constexpr int kParts = 4;
   static constexpr int kPartGroups = kGateGroups / kParts;
+  // Whether rows have a bound from the maxima of classes of columns (gate_bound.cuh).
+  static constexpr bool kBounded = kKept <= 16;
   // Candidates of a row that are ranked at a time.
   static constexpr int kFresh = kKept == 2 ? 4 : kKept == 8 ? 12 : kKept == 16 ? 20 : 16;
 

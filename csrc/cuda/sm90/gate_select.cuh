@@ -1,9 +1,11 @@
 // The best blocks of 16 rows, kept by one warp from step to step.
 //
 // Scores arrive as wgmma leaves them (see wgmma.cuh), latest blocks first. Groups of four scores, two columns of two
-// rows, that reach the bound of their row are staged in a list of the lane, without branches. When a list runs full, or
-// at the end, the warp merges what is staged into the kept blocks of its rows, which are exact and ordered; the score
-// of the last kept block is then the bound, and later blocks win ties, so from then on a score has to be above it.
+// rows, that reach the bound of their row are staged in a list of the lane, without branches. The bound comes from the
+// maxima of classes of columns. When a list runs full, the bound is brought up to date and the lists are rid of what it
+// excludes. If that does not help, and at the end, the warp merges what is staged into the kept blocks of its rows,
+// which are exact and ordered; the score of the last kept block is then the bound, and later blocks win ties, so from
+// then on a score has to be above it.
 //
 // Masked scores are NaN, and NaN reaches no bound: blocks with a NaN score are taken at the end, where numbers run out.
 #pragma once
@@ -40,9 +42,11 @@ struct GateSelection {
   const int wanted;  // blocks a row, at most kKept
   const int lane;
 
-  // Of this lane's rows, lane / 4 and lane / 4 + 8. A bound of NaN is reached by no score.
+  // Of this lane's rows, lane / 4 and lane / 4 + 8.
   float bound[2];
+  float best[2][8];  // maxima of this lane's classes: columns 16 i .. 16 i + 15 of all steps
   int kept[2];
+  bool outdated;                      // the bound does not know all of `best`
   uint32_t score_place, group_place;  // where the next entry of this lane goes
 
   __device__ __forceinline__ GateSelection(typename P::Warp& memory, int wanted)
@@ -52,77 +56,129 @@ struct GateSelection {
     score_place = shared_address(&memory.scores[0][lane]);
     group_place = shared_address(&memory.groups[0][lane]);
   }
+  // Rows that do not exist have a bound that hardly anything reaches.
   __device__ __forceinline__ void begin(bool first_row, bool second_row) {
-    bound[0] = first_row ? -INFINITY : NAN;
-    bound[1] = second_row ? -INFINITY : NAN;
+    bound[0] = first_row ? -INFINITY : INFINITY;
+    bound[1] = second_row ? -INFINITY : INFINITY;
     kept[0] = kept[1] = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) best[0][i] = best[1][i] = -INFINITY;
+    outdated = false;
     restart();
   }
   __device__ __forceinline__ int entries() const {
     return static_cast<int>(score_place - shared_address(&memory.scores[0][lane])) / static_cast<int>(kScoreStride);
   }
+  __device__ __forceinline__ bool full() const {
+    return __any_sync(0xffffffffu, entries() > P::kEntries - P::kPartGroups);
+  }
 
-  // For rows that have none yet, a bound from the scores of this step.
-  __device__ __forceinline__ void find_bound(const float (&scores)[64]) {
-    if constexpr (kKept <= 16) {
-      if (!__any_sync(0xffffffffu, bound[0] == -INFINITY || bound[1] == -INFINITY)) return;
+  __device__ __forceinline__ bool unbounded() const {
+    return __any_sync(0xffffffffu, bound[0] == -INFINITY || bound[1] == -INFINITY);
+  }
+
+  __device__ __forceinline__ void raise_bound() {
+    if (!outdated) return;
+    outdated = false;
+    if constexpr (P::kBounded) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float maxima[8];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const float* s = scores + 8 * i + 2 * half;
-          maxima[i] = fmaxf(-INFINITY, fmaxf(fmaxf(s[0], s[1]), fmaxf(s[4], s[5])));
-        }
-        const float found = largest_of_quad<kKept>(maxima, wanted);
-        if (bound[half] == -INFINITY) bound[half] = found;
+        bound[half] = fmaxf(bound[half], largest_of_quad<kKept>(best[half], wanted));
       }
     }
   }
 
-  // Stages four scores if one of them reaches its bound.
-  __device__ __forceinline__ void offer(const float* s, uint32_t group) {
+  // Stages four scores if one of them reaches its bound. `first` and `second` are the larger ones of each row.
+  __device__ __forceinline__ void offer(const float* s, float first, float second, uint32_t group) {
     asm volatile(
         "{\n"
         ".reg .pred reached;\n"
-        ".reg .f32 first, second;\n"
-        "max.f32 first, %2, %3;\n"
-        "max.f32 second, %4, %5;\n"
-        "setp.ge.f32 reached, first, %6;\n"
-        "setp.ge.or.f32 reached, second, %7, reached;\n"
+        "setp.ge.f32 reached, %6, %8;\n"
+        "setp.ge.or.f32 reached, %7, %9, reached;\n"
         "@reached st.shared.v4.f32 [%0], {%2, %3, %4, %5};\n"
-        "@reached st.shared.u16 [%1], %8;\n"
-        "@reached add.u32 %0, %0, %9;\n"
-        "@reached add.u32 %1, %1, %10;\n"
+        "@reached st.shared.u16 [%1], %10;\n"
+        "@reached add.u32 %0, %0, %11;\n"
+        "@reached add.u32 %1, %1, %12;\n"
         "}"
         : "+r"(score_place), "+r"(group_place)
-        : "f"(s[0]), "f"(s[1]), "f"(s[2]), "f"(s[3]), "f"(bound[0]), "f"(bound[1]), "h"(static_cast<uint16_t>(group)),
-          "n"(kScoreStride), "n"(kGroupStride)
+        : "f"(s[0]), "f"(s[1]), "f"(s[2]), "f"(s[3]), "f"(first), "f"(second), "f"(bound[0]), "f"(bound[1]),
+          "h"(static_cast<uint16_t>(group)), "n"(kScoreStride), "n"(kGroupStride)
         : "memory");
   }
   template <int kPart>
-  __device__ __forceinline__ void offer_part(const float (&scores)[64], uint32_t first_group) {
+  __device__ __forceinline__ void offer_part(const float (&scores)[64], const float (&larger)[2][kGateGroups],
+                                             uint32_t first_group) {
 #pragma unroll
     for (int i = P::kPartGroups - 1; i >= 0; --i) {
       const int group = kPart * P::kPartGroups + i;
-      offer(scores + 4 * group, first_group + group);
+      const float* s = scores + 4 * group;
+      const float first = P::kBounded ? larger[0][group] : fmaxf(s[0], s[1]);
+      const float second = P::kBounded ? larger[1][group] : fmaxf(s[2], s[3]);
+      offer(s, first, second, first_group + group);
     }
   }
 
-  // Takes the scores of one step; the last step has number 0.
-  __device__ __forceinline__ void take(const float (&scores)[64], int step) {
-    find_bound(scores);
-    const uint32_t first_group = step * kGateGroups;
-    // One copy of merge_staged, which is long.
-#pragma unroll 1
-    for (int part = P::kParts - 1; part >= (step == 0 ? -1 : 0); --part) {
-      if constexpr (P::kParts == 4) {
-        if (part == 3) offer_part<3>(scores, first_group);
-        if (part == 2) offer_part<2>(scores, first_group);
+  // Takes the scores of one step, whose first `columns` hold candidates; the last step has number 0.
+  __device__ __forceinline__ void take(const float (&scores)[64], int step, int columns) {
+    float larger[2][kGateGroups];
+    if constexpr (P::kBounded) {
+#pragma unroll
+      for (int i = 0; i < kGateGroups; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          larger[half][i] = fmaxf(scores[4 * i + 2 * half], scores[4 * i + 2 * half + 1]);
+          best[half][i / 2] = fmaxf(best[half][i / 2], larger[half][i]);
+        }
       }
-      if (part == 1) offer_part<1>(scores, first_group);
-      if (part == 0) offer_part<0>(scores, first_group);
-      if (part < 0 || __any_sync(0xffffffffu, entries() > P::kEntries - P::kPartGroups)) merge_staged();
+    }
+    outdated = true;
+    const uint32_t first_group = step * kGateGroups;
+    constexpr int kPartColumns = P::kPartGroups * 8;
+    // Down from a part that does not exist, for rows without a bound. The loop makes one copy of what follows a part.
+#pragma unroll 1
+    for (int part = P::kParts; part >= 0;
+         part = part == P::kParts ? min(columns - 1, kGateMeans - 1) / kPartColumns : part - 1) {
+      if (part == 3) offer_part<3>(scores, larger, first_group);
+      if (part == 2) offer_part<2>(scores, larger, first_group);
+      if (part == 1) offer_part<1>(scores, larger, first_group);
+      if (part == 0) offer_part<0>(scores, larger, first_group);
+      const bool first = part == P::kParts, last = step == 0 && part == 0;
+      if (!last && !(first ? unbounded() : full())) continue;
+      raise_bound();
+      if (first) continue;
+      if (!last && P::kBounded) {
+        filter();
+        if (!full()) continue;
+      }
+      merge_staged();
+    }
+  }
+
+  // Rids the lists of what the bounds of now exclude.
+  __device__ __forceinline__ void filter() {
+    const int staged = entries(), most = __reduce_max_sync(0xffffffffu, staged);
+    restart();
+#pragma unroll 1
+    for (int first = 0; first < most; first += 4) {
+      float4 s[4];
+      uint16_t group[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        s[i] = memory.scores[first + i][lane];
+        group[i] = memory.groups[first + i][lane];
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float4 t = s[i];
+        const bool reached = first + i < staged && (fmaxf(t.x, t.y) >= bound[0] || fmaxf(t.z, t.w) >= bound[1]);
+        if (reached) {
+          const int to = entries();
+          memory.scores[to][lane] = t;
+          memory.groups[to][lane] = group[i];
+          score_place += kScoreStride;
+          group_place += kGroupStride;
+        }
+      }
     }
   }
 
@@ -159,7 +215,7 @@ struct GateSelection {
     while (__any_sync(0xffffffffu, (reached[0] | reached[1]) != 0)) {
       int count[2];
       gather_fresh(reached, count);
-      if constexpr (kKept <= 16) {
+      if constexpr (kKept <= 8) {
         merge_fresh<0, 2>(count);
       } else {
         merge_fresh<0, 1>(count);
@@ -193,15 +249,18 @@ struct GateSelection {
       last[half] = min(static_cast<int>(end >> 16 * half & 0xffff), P::kFresh);
     }
     __syncwarp();
-    while (at[0] < last[0] || at[1] < last[1]) {
+    const int most = __reduce_max_sync(0xffffffffu, max(last[0] - at[0], last[1] - at[1]));
+#pragma unroll 2
+    for (int n = 0; n < most; ++n) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        if (at[half] >= last[half]) continue;
-        const int bit = __ffs(reached[half]) - 1;
-        reached[half] &= reached[half] - 1;
+        const int bit = max(__ffs(reached[half]) - 1, 0);
         const float score = reinterpret_cast<const float*>(&memory.scores[bit / 2][lane])[2 * half + bit % 2];
         const uint32_t block = memory.groups[bit / 2][lane] * 8u + lane % 4 * 2 + bit % 2;
-        memory.fresh[lane / 4 + 8 * half][at[half]++] = gate_key(score, block);
+        if (at[half] < last[half]) {
+          memory.fresh[lane / 4 + 8 * half][at[half]++] = gate_key(score, block);
+          reached[half] &= reached[half] - 1;
+        }
       }
     }
     __syncwarp();
@@ -215,7 +274,6 @@ struct GateSelection {
     const int part = lane % 4;
     uint64_t own[kRows][kOwn], old[kRows][kOld];
     int place[kRows][kOwn], old_place[kRows][kOld];
-    uint32_t above_fresh[kRows][kOwn];  // by bytes: of this lane's old keys, how many are above each of four fresh ones
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int row = lane / 4 + 8 * (kFirst + r);
@@ -223,53 +281,69 @@ struct GateSelection {
       for (int i = 0; i < kOwn; ++i) {
         own[r][i] = memory.fresh[row][4 * i + part];
         place[r][i] = 0;
-        above_fresh[r][i] = 0;
       }
 #pragma unroll
-      for (int i = 0; i < kOld; ++i) {
-        old[r][i] = 4 * i + part < kept[kFirst + r] ? memory.kept[row][4 * i + part] : 0;
-        old_place[r][i] = 4 * i + part;
-      }
+      for (int i = 0; i < kOld; ++i) old[r][i] = 0;
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const ulonglong2* fresh = reinterpret_cast<const ulonglong2*>(memory.fresh[lane / 4 + 8 * (kFirst + r)]);
 #pragma unroll
       for (int c = 0; c < kOwn; ++c) {
-        const ulonglong2 low = fresh[2 * c], high = fresh[2 * c + 1];
-        const uint64_t keys[4] = {low.x, low.y, high.x, high.y};
+        uint64_t keys[4];
+        read_fresh(keys, kFirst + r, c);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
 #pragma unroll
           for (int i = 0; i < kOwn; ++i) place[r][i] += keys[k] > own[r][i];
+        }
+      }
+    }
+    if (__any_sync(0xffffffffu, (kept[0] | kept[1]) != 0)) {
 #pragma unroll
-          for (int i = 0; i < kOld; ++i) {
-            if (keys[k] > old[r][i]) {
-              ++old_place[r][i];
-            } else {
-              above_fresh[r][c] += 1u << 8 * k;
+      for (int r = 0; r < kRows; ++r) {
+        const int row = lane / 4 + 8 * (kFirst + r);
+#pragma unroll
+        for (int i = 0; i < kOld; ++i) {
+          if (4 * i + part < kept[kFirst + r]) old[r][i] = memory.kept[row][4 * i + part];
+          old_place[r][i] = 4 * i + part;
+        }
+#pragma unroll
+        for (int c = 0; c < kOwn; ++c) {
+          uint32_t above = 0;  // by bytes: how many of this lane's old keys are above each of the four
+          uint64_t keys[4];
+          read_fresh(keys, kFirst + r, c);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+#pragma unroll
+            for (int i = 0; i < kOld; ++i) {
+              if (keys[k] > old[r][i]) {
+                ++old_place[r][i];
+              } else {
+                above += 1u << 8 * k;
+              }
             }
+          }
+          above += __shfl_xor_sync(0xffffffffu, above, 1);
+          above += __shfl_xor_sync(0xffffffffu, above, 2);
+          place[r][c] += above >> 8 * part & 0xff;
+        }
+      }
+      __syncwarp();
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+        for (int i = 0; i < kOld; ++i) {
+          if (old[r][i] != 0 && old_place[r][i] < wanted) {
+            memory.kept[lane / 4 + 8 * (kFirst + r)][old_place[r][i]] = old[r][i];
           }
         }
       }
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        above_fresh[r][i] += __shfl_xor_sync(0xffffffffu, above_fresh[r][i], 1);
-        above_fresh[r][i] += __shfl_xor_sync(0xffffffffu, above_fresh[r][i], 2);
-        place[r][i] += above_fresh[r][i] >> 8 * part & 0xff;
-      }
     }
-    __syncwarp();
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      uint64_t* to = memory.kept[lane / 4 + 8 * (kFirst + r)];
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
-        if (own[r][i] != 0 && place[r][i] < wanted) to[place[r][i]] = own[r][i];
-      }
-#pragma unroll
-      for (int i = 0; i < kOld; ++i) {
-        if (old[r][i] != 0 && old_place[r][i] < wanted) to[old_place[r][i]] = old[r][i];
+        if (own[r][i] != 0 && place[r][i] < wanted) memory.kept[lane / 4 + 8 * (kFirst + r)][place[r][i]] = own[r][i];
       }
     }
     __syncwarp();
@@ -281,6 +355,14 @@ struct GateSelection {
         bound[half] = above(score_of(memory.kept[lane / 4 + 8 * half][wanted - 1]));
       }
     }
+  }
+  __device__ __forceinline__ void read_fresh(uint64_t (&keys)[4], int half, int chunk) const {
+    const ulonglong2* fresh = reinterpret_cast<const ulonglong2*>(memory.fresh[lane / 4 + 8 * half]);
+    const ulonglong2 low = fresh[2 * chunk], high = fresh[2 * chunk + 1];
+    keys[0] = low.x;
+    keys[1] = low.y;
+    keys[2] = high.x;
+    keys[3] = high.y;
   }
 
   // Writes the route of row lane / 4 + 8 half, which has `current` blocks before its own; null: no such row.

@@ -1,6 +1,9 @@
 // Routing lists of past blocks by a counting sort in three launches: count, scan, place. A row chooses a block at most
 // once, so that the rows of a part that chose a block are a bit mask, and the place of a row in the list is a count of
 // lower bits: the order never depends on time.
+#include <algorithm>
+
+#include "cuda/sm90/dependent.cuh"
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/sequences.cuh"
 #include "cuda/sm90/ptx.cuh"
@@ -8,11 +11,13 @@
 namespace moba::cuda::sm90 {
 namespace {
 
-constexpr int kThreads = 256;  // one row each
+constexpr int kThreads = 512;  // one row each
 constexpr int kWords = kThreads / 32;
-constexpr int kWindow = 1024;  // blocks whose masks are in shared memory at a time
-constexpr int kScanCtas = 8;   // of a key head: a cluster
+constexpr int kGroup = 4;        // words with one count of the rows before them
+constexpr int kWindow = kThreads;  // blocks whose masks are in shared memory at a time
+constexpr int kStagedSlots = 8;  // rows of up to so many slots are sorted in shared memory before they are written
 constexpr int kScanThreads = 1024;
+constexpr int kScanCtas = 8;  // of a key head: a cluster
 constexpr unsigned kAll = 0xffffffffu;
 
 // Arguments in 32 bits.
@@ -20,22 +25,28 @@ struct Sort {
   int chunks, chunks_per_head, chunk_rows, window;
 };
 
-// Shared memory of the count and place kernels, for `window` blocks.
+// Shared memory of the count and place kernels, for `window` blocks. A part is kThreads rows.
 struct Window {
   uint32_t* masks;   // [kWords, window]: of the rows of this part, those that chose the block
-  uint32_t* before;  // [kWords / 4, window]: bytes, rows in earlier words
-  int32_t* start;    // [window]: index of the first row of this part
+  int32_t* start;    // [window]: index of the first row of this part in the entries
   int32_t* next;     // [window]: index of the first row of the next part
+  int32_t* shift;    // [window]: from an index among this part's rows to one in the entries
+  uint16_t* before;  // [kWords / kGroup, window]: rows in earlier groups
+  uint32_t* staged;  // [kThreads * kStagedSlots]: block of the window above, row of the part below
   int size;
-
-  static constexpr int kBytes = 4 * (kWords + kWords / 4 + 2);  // of a block
 
   __device__ __forceinline__ Window(uint32_t* memory, int window)
       : masks(memory),
-        before(masks + kWords * window),
-        start(reinterpret_cast<int32_t*>(before + kWords / 4 * window)),
+        start(reinterpret_cast<int32_t*>(masks + kWords * window)),
         next(start + window),
+        shift(next + window),
+        before(reinterpret_cast<uint16_t*>(shift + window)),
+        staged(reinterpret_cast<uint32_t*>(before + kWords / kGroup * window)),
         size(window) {}
+
+  static int bytes(int window, bool staged) {
+    return window * (4 * (kWords + 3) + 2 * kWords / kGroup) + (staged ? 4 * kThreads * kStagedSlots : 0);
+  }
 };
 
 // The part of a head's rows that a CTA sorts.
@@ -117,25 +128,68 @@ __device__ __forceinline__ bool mark(const Window& window, int block) {
   return !(atomicOr(&window.masks[threadIdx.x / 32 * window.size + block], bit) & bit);
 }
 
-// The index of this thread's row in the entries.
-__device__ __forceinline__ int32_t place_of(const Window& window, int block) {
-  const int word = threadIdx.x / 32;
-  const uint32_t before = window.before[word / 4 * window.size + block] >> word % 4 * 8 & 0xff;
-  const uint32_t lower = window.masks[word * window.size + block] & ((1u << threadIdx.x % 32) - 1);
-  return window.start[block] + static_cast<int32_t>(before) + __popc(lower);
+// How many rows of the part before this thread's chose the block.
+__device__ __forceinline__ int32_t earlier_rows(const Window& window, int block) {
+  const int word = threadIdx.x / 32, group = word / kGroup;
+  int32_t rows = window.before[group * window.size + block];
+  for (int i = group * kGroup; i < word; ++i) rows += __popc(window.masks[i * window.size + block]);
+  return rows + __popc(window.masks[word * window.size + block] & ((1u << threadIdx.x % 32) - 1));
 }
 
 __device__ __forceinline__ void clear_masks(const Window& window, int used) {
   for (int i = threadIdx.x; i < used; i += kThreads) {
-#pragma unroll
+#pragma unroll 8
     for (int word = 0; word < kWords; ++word) window.masks[word * window.size + i] = 0;
   }
 }
 
+struct Sums {
+  int32_t entries, tiles;
+};
+__device__ __forceinline__ Sums operator+(const Sums& a, const Sums& b) {
+  return {a.entries + b.entries, a.tiles + b.tiles};
+}
+__device__ __forceinline__ Sums shift_up(const Sums& sums, int offset) {
+  const Sums lower{__shfl_up_sync(kAll, sums.entries, offset), __shfl_up_sync(kAll, sums.tiles, offset)};
+  return static_cast<int>(threadIdx.x % 32) >= offset ? lower : Sums{0, 0};
+}
+__device__ __forceinline__ Sums scan_warp(Sums sums) {
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) sums = sums + shift_up(sums, offset);
+  return sums;
+}
+__device__ __forceinline__ Sums of_list(int32_t length) {
+  return {length, (length + static_cast<int>(kListTile) - 1) / static_cast<int>(kListTile)};
+}
+
+// The sum over this thread and those before it; `total` over all.
+template <int kWarps>
+__device__ __forceinline__ Sums scan_cta(Sums sums, Sums (&warps)[kWarps + 1], Sums& total) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  sums = scan_warp(sums);
+  if (lane == 31) warps[warp] = sums;
+  __syncthreads();
+  if (warp == 0) {
+    const Sums own = lane < kWarps ? warps[lane] : Sums{0, 0}, all = scan_warp(own);
+    if (lane < kWarps) warps[lane] = {all.entries - own.entries, all.tiles - own.tiles};
+    if (lane == 31) warps[kWarps] = all;
+  }
+  __syncthreads();
+  sums = sums + warps[warp];
+  total = warps[kWarps];
+  __syncthreads();
+  return sums;
+}
+
 // kSlots: see Slots; 0: any number, looked up twice.
 template <int kSlots, bool kPlace>
-__global__ void __launch_bounds__(kThreads) sort_kernel(const __grid_constant__ PastListsParams p, const Sort sort) {
-  extern __shared__ uint32_t memory[];
+__global__ void __launch_bounds__(kThreads, 2) sort_kernel(const __grid_constant__ PastListsParams p, const Sort sort) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  constexpr bool kStaged = kPlace && kSlots > 0 && kSlots <= kStagedSlots;
+  extern __shared__ __align__(16) uint32_t memory[];
+  __shared__ Sums warps[kWords + 1];
+  wait_for_earlier();
+  let_next_start();
   const Window window(memory, sort.window);
   const Sequences sequences(p.shape);
   const Chunk chunk(p, sort, sequences);
@@ -149,16 +203,18 @@ __global__ void __launch_bounds__(kThreads) sort_kernel(const __grid_constant__ 
   bool first_window = true;
   for (int begin = chunk.first_block; first_window || begin < chunk.end_block; begin += window.size) {
     const int used = max(0, min(window.size, chunk.end_block - begin));
-    for (int i = threadIdx.x; i < used; i += kThreads) {
-      window.next[i] = kPlace ? chunk.list_begin[begin + i] + chunk.counts[begin + i] : 0;
+    if (static_cast<int>(threadIdx.x) < used) {
+      const int block = begin + static_cast<int>(threadIdx.x);
+      window.next[threadIdx.x] = kPlace ? chunk.list_begin[block] + chunk.counts[block] : 0;
     }
     clear_masks(window, used);
     for (int row_begin = chunk.row_begin; row_begin < chunk.row_end; row_begin += kThreads) {
       const int row = row_begin + threadIdx.x;
       const bool exists = row < chunk.row_end;
-      const PastBlocks past = exists ? sequences.past_of(row) : PastBlocks{0, 0};
+      const PastBlocks past = exists ? sequences.past_of(row) : PastBlocks{0, 0, false};
       const int32_t* route = chunk.route + row * p.route.row;
       int32_t* positions = chunk.positions + static_cast<int64_t>(row) * slots;
+      const uint32_t entry = chunk.head << kRowBits | static_cast<uint32_t>(row);
       // A block of this window, or less than 0.
       const auto in_window = [&](int32_t block) {
         const int at = past.first + block - begin;
@@ -190,25 +246,27 @@ __global__ void __launch_bounds__(kThreads) sort_kernel(const __grid_constant__ 
         }
       }
       __syncthreads();
-      for (int i = threadIdx.x; i < used; i += kThreads) {
-        uint32_t total = 0, before[kWords / 4] = {};
-#pragma unroll
+      int32_t rows = 0, start = 0;  // of the part and this thread's block
+      if (static_cast<int>(threadIdx.x) < used) {
+#pragma unroll 8
         for (int word = 0; word < kWords; ++word) {
-          before[word / 4] |= total << word % 4 * 8;
-          total += __popc(window.masks[word * window.size + i]);
-          if (!kPlace) window.masks[word * window.size + i] = 0;
+          if (kPlace && word % kGroup == 0) {
+            window.before[word / kGroup * window.size + threadIdx.x] = static_cast<uint16_t>(rows);
+          }
+          rows += __popc(window.masks[word * window.size + threadIdx.x]);
+          if (!kPlace) window.masks[word * window.size + threadIdx.x] = 0;
         }
-        const int32_t start = window.next[i];
-        window.next[i] = start + static_cast<int32_t>(total);
-        if (kPlace) {
-          window.start[i] = start;
-#pragma unroll
-          for (int word = 0; word < kWords / 4; ++word) window.before[word * window.size + i] = before[word];
-        }
+        start = window.next[threadIdx.x];
+        window.next[threadIdx.x] = start + rows;
+        window.start[threadIdx.x] = start;
       }
       if (!kPlace) continue;
+      Sums total{0, 0};
+      if constexpr (kStaged) {
+        const Sums sum = scan_cta<kWords>({rows, 0}, warps, total);
+        if (static_cast<int>(threadIdx.x) < used) window.shift[threadIdx.x] = start - (sum.entries - rows);
+      }
       __syncthreads();
-      const uint32_t entry = chunk.head << kRowBits | static_cast<uint32_t>(row);
       if constexpr (kSlots > 0) {
         uint32_t others = 0;
 #pragma unroll
@@ -217,8 +275,12 @@ __global__ void __launch_bounds__(kThreads) sort_kernel(const __grid_constant__ 
           const int at = in_window(block);
           int32_t result = kUnused;
           if (marked >> i & 1) {
-            result = place_of(window, at);
-            chunk.entries[result] = entry;
+            result = window.start[at] + earlier_rows(window, at);
+            if (kStaged) {
+              window.staged[result - window.shift[at]] = static_cast<uint32_t>(at) << 16 | threadIdx.x;
+            } else {
+              chunk.entries[result] = entry;
+            }
           } else if (at < 0) {
             others |= 1u << i;
             if (block == past.count && past.exists && !current) {
@@ -240,66 +302,39 @@ __global__ void __launch_bounds__(kThreads) sort_kernel(const __grid_constant__ 
         for (int i = 0; exists && i < slots; ++i) {
           const int at = in_window(__ldg(route + i));
           if (at >= 0 && positions[i] == 0) {
-            const int32_t result = place_of(window, at);
+            const int32_t result = window.start[at] + earlier_rows(window, at);
             positions[i] = result;
             chunk.entries[result] = entry;
           }
         }
       }
       __syncthreads();
+      if (kStaged) {
+        const uint32_t first = chunk.head << kRowBits | static_cast<uint32_t>(row_begin);
+        for (int i = threadIdx.x; i < total.entries; i += kThreads) {
+          const uint32_t staged = window.staged[i];
+          chunk.entries[i + window.shift[staged >> 16]] = first + (staged & 0xffff);
+        }
+      }
       clear_masks(window, used);
     }
     __syncthreads();
-    if (!kPlace) {
-      for (int i = threadIdx.x; i < used; i += kThreads) chunk.counts[begin + i] = window.next[i];
-    }
+    if (!kPlace && static_cast<int>(threadIdx.x) < used) chunk.counts[begin + threadIdx.x] = window.next[threadIdx.x];
     __syncthreads();
     first_window = false;
   }
-}
-
-struct Sums {
-  int32_t entries, tiles;
-};
-__device__ __forceinline__ Sums operator+(const Sums& a, const Sums& b) {
-  return {a.entries + b.entries, a.tiles + b.tiles};
-}
-__device__ __forceinline__ Sums shift_up(const Sums& sums, int offset) {
-  const Sums lower{__shfl_up_sync(kAll, sums.entries, offset), __shfl_up_sync(kAll, sums.tiles, offset)};
-  return static_cast<int>(threadIdx.x % 32) >= offset ? lower : Sums{0, 0};
-}
-__device__ __forceinline__ Sums scan_warp(Sums sums) {
-#pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) sums = sums + shift_up(sums, offset);
-  return sums;
-}
-__device__ __forceinline__ Sums of_list(int32_t length) { return {length, (length + int(kListTile) - 1) / int(kListTile)}; }
-
-// The sum over this thread and those before it; `total` over all. kScanThreads = 32 warps.
-__device__ __forceinline__ Sums scan_cta(Sums sums, Sums (&warps)[33], Sums& total) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  sums = scan_warp(sums);
-  if (lane == 31) warps[warp] = sums;
-  __syncthreads();
-  if (warp == 0) {
-    const Sums own = warps[lane], all = scan_warp(own);
-    warps[lane] = {all.entries - own.entries, all.tiles - own.tiles};
-    if (lane == 31) warps[32] = all;
-  }
-  __syncthreads();
-  sums = sums + warps[warp];
-  total = warps[32];
-  __syncthreads();
-  return sums;
+#endif
 }
 
 // A cluster per key head, each of its CTAs with a range of blocks. Per block, counts become the number of entries in
 // earlier chunks; then the lengths of the lists become where they begin, in entries and in tiles.
 __global__ void __launch_bounds__(kScanThreads) scan_kernel(const __grid_constant__ PastListsParams p, int chunks) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  wait_for_earlier();
+  let_next_start();
   constexpr int kAtOnce = 8;  // loads under way
   __shared__ int32_t groups[32][33];
-  __shared__ Sums warps[33];
+  __shared__ Sums warps[kScanThreads / 32 + 1];
   __shared__ Sums range_sums;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int rank = blockIdx.x % kScanCtas, local = blockIdx.x / kScanCtas;
@@ -353,7 +388,7 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(const __grid_constan
 
   Sums before{0, 0}, total{0, 0};
   for (int block = begin + threadIdx.x; block < end; block += kScanThreads) before = before + of_list(list_begin[block]);
-  scan_cta(before, warps, total);
+  scan_cta<kScanThreads / 32>(before, warps, total);
   if (threadIdx.x == 0) range_sums = total;
   cluster_sync();
   before = {0, 0};
@@ -365,7 +400,7 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(const __grid_constan
   for (int block0 = begin; block0 < end; block0 += kScanThreads) {
     const int block = block0 + threadIdx.x;
     const Sums own = of_list(block < end ? list_begin[block] : 0);
-    const Sums all = before + scan_cta(own, warps, total);
+    const Sums all = before + scan_cta<kScanThreads / 32>(own, warps, total);
     if (block < end) {
       list_begin[block] = all.entries - own.entries;
       tile_begin[block] = all.tiles - own.tiles;
@@ -384,22 +419,23 @@ int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <bool kPlace>
 cudaError_t launch_sort(const PastListsParams& p, const Sort& sort, cudaStream_t stream) {
   const int64_t slots = p.shape.slots;
-  const auto kernel = slots <= 4    ? sort_kernel<4, kPlace>
-                      : slots <= 8  ? sort_kernel<8, kPlace>
-                      : slots <= 16 ? sort_kernel<16, kPlace>
-                                    : sort_kernel<0, kPlace>;
+  const auto kernel = slots <= 4              ? sort_kernel<4, kPlace>
+                      : slots <= kStagedSlots ? sort_kernel<kStagedSlots, kPlace>
+                                              : sort_kernel<0, kPlace>;
+  const int bytes = Window::bytes(sort.window, kPlace && slots <= kStagedSlots);
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (status != cudaSuccess) return status;
   const int64_t grid = p.lists.units_k.count * sort.chunks;
   if (grid > INT32_MAX) return cudaErrorInvalidValue;
-  kernel<<<static_cast<unsigned>(grid), kThreads, sort.window * Window::kBytes, stream>>>(p, sort);
-  return cudaGetLastError();
+  return launch_dependent(kernel, {static_cast<unsigned>(grid), kThreads, bytes}, stream, p, sort);
 }
 
 }  // namespace
 
-// Parts of 256 rows, as many to a chunk as there are hundreds of blocks, so that the counts take less than the entries.
+// Where there are thousands of blocks, chunks of several parts: else the counts would take more than the entries.
 int64_t list_chunks(const Shape& shape) {
-  const int64_t parts = ceil_divide(shape.rows, kThreads);
-  return ceil_divide(parts, std::min<int64_t>(ceil_divide(shape.blocks(), kThreads), 64)) * shape.heads_per_key_head();
+  const int64_t parts = ceil_divide(shape.rows, kThreads), together = std::max<int64_t>(1, shape.blocks() / kThreads);
+  return ceil_divide(parts, together) * shape.heads_per_key_head();
 }
 
 cudaError_t launch_past_lists(const PastListsParams& p, cudaStream_t stream) {
@@ -412,17 +448,8 @@ cudaError_t launch_past_lists(const PastListsParams& p, cudaStream_t stream) {
   };
   cudaError_t status = launch_sort<false>(p, sort, stream);
   if (status != cudaSuccess) return status;
-
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {kScanCtas, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(p.lists.units_k.count * kScanCtas));
-  config.blockDim = dim3(kScanThreads);
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  status = cudaLaunchKernelEx(&config, scan_kernel, p, sort.chunks);
+  const unsigned scan_grid = static_cast<unsigned>(p.lists.units_k.count * kScanCtas);
+  status = launch_dependent(scan_kernel, {scan_grid, kScanThreads, 0, kScanCtas}, stream, p, sort.chunks);
   return status == cudaSuccess ? launch_sort<true>(p, sort, stream) : status;
 }
 

@@ -118,14 +118,13 @@ cudaError_t launch_past(const PastParams& p, Dtype dtype, cudaStream_t stream) {
         .steps = steps,
         .last_keys = static_cast<int>(shape.block_size - static_cast<int64_t>(steps - 1) * keys),
         .row_bytes = static_cast<uint32_t>(p.q.row * 2),
-        .zero = 0,
     };
-    CUtensorMap map_k, map_v;
-    cudaError_t made = make_map(map_k, p.k, shape, keys, dtype);
-    if (made == cudaSuccess) made = make_map(map_v, p.v, shape, keys, dtype);
-    return made != cudaSuccess
-               ? made
-               : decltype(past)::launch(p, map_k, map_v, schedule, static_cast<unsigned>(processors), stream);
+    KeyMaps maps;
+    cudaError_t made = make_map(maps.k, p.k, shape, keys, dtype);
+    if (made == cudaSuccess) made = make_map(maps.v, p.v, shape, keys, dtype);
+    if (made == cudaSuccess) made = make_map(maps.last_v, p.v, shape, schedule.last_keys, dtype);
+    return made != cudaSuccess ? made
+                               : decltype(past)::launch(p, maps, schedule, static_cast<unsigned>(processors), stream);
   });
 }
 

@@ -17,7 +17,11 @@ struct Schedule {
   int steps;                   // key tiles of a block
   int last_keys;               // keys of the last of them
   uint32_t row_bytes;          // of q
-  uint32_t zero;               // 0, which the compiler must not know
+};
+
+// Boxes of one panel of kKeys keys; last_v: of those that the last key tile of a block has.
+struct KeyMaps {
+  CUtensorMap k, v, last_v;
 };
 
 // kKeys, kResident: see Plan.
@@ -25,8 +29,8 @@ template <class T, int kHeadDim, int kKeys, bool kResident>
 struct Past {
   // Whether this build has the code, which exists for sm_90a only.
   static bool built();
-  static cudaError_t launch(const PastParams& p, const CUtensorMap& map_k, const CUtensorMap& map_v,
-                            const Schedule& schedule, unsigned grid, cudaStream_t stream);
+  static cudaError_t launch(const PastParams& p, const KeyMaps& maps, const Schedule& schedule, unsigned grid,
+                            cudaStream_t stream);
 };
 
 }  // namespace moba::cuda::sm90

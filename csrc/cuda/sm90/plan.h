@@ -13,12 +13,12 @@ constexpr int kWarpgroup = 128;
 constexpr int kRows = 64;
 static_assert(kRows == kListTile);
 
-// What a consumer has to know about a tile of queries.
+// What gatherers and consumers have to know about a tile of queries.
 struct Tile {
   uint32_t entry[kRows];  // beyond the end of the list: its last
   const void* queries;    // row 0 of the first head of the group
   int64_t first;          // first entry, in the partials
-  int32_t count;          // queries; streamed blocks: 0 where only the others have a tile
+  int32_t count;          // queries; streamed blocks: 0 where only the other consumer has a tile
   int32_t item;           // resident blocks: counts the blocks that this CTA went through; negative: no more work
   int32_t releases;       // resident blocks: how many of the consumers' releases to give after this tile
 };
@@ -36,17 +36,19 @@ struct Plan {
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 65536 / kThreads / 8 * 8 * (1 + kConsumers));
 
   static constexpr int kPanels = kHeadDim / 64;
+  static constexpr int kQueryBytes = kRows * kHeadDim * 2;
   static constexpr int kKeyBytes = kKeys * kHeadDim * 2;
-  static constexpr int kKeySlots = kKeyBytes == 32 * 1024 ? 3 : 4;
-  static constexpr int kTileSlots = 4 * kConsumers;
+  static constexpr int kQuerySlots = kHeadDim == 128 ? 6 : 8;
+  static constexpr int kKeySlots = kKeyBytes == 32 * 1024 ? 2 : 4;
+  static constexpr int kTileSlots = 8;
 
   struct Memory {
     unsigned char keys[kKeySlots][kKeyBytes];
     unsigned char values[kKeySlots][kKeyBytes];
+    unsigned char queries[kQuerySlots][kQueryBytes];
     Tile tiles[kTileSlots];
     uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
-    uint64_t key_loaded[kKeySlots];  // resident blocks: keys before their columns are permuted
-    int32_t no_keys[kKeySlots];      // instead of keys: no more come
+    uint64_t query_full[kQuerySlots], query_empty[kQuerySlots];
     uint64_t key_full[kKeySlots], key_empty[kKeySlots];
     uint64_t value_full[kKeySlots], value_empty[kKeySlots];
   };

@@ -1,5 +1,5 @@
-// The producer warpgroup of the past kernel. Warp 0 tells the consumers which queries to gather; warp 1 loads keys and
-// values by TMA; warps 2 and 3 permute the columns of resident keys.
+// The producer warpgroup of the past kernel. Warp 0 fetches the lists, warp 1 loads keys and values by TMA, and warps 2
+// and 3 gather queries by cp.async: none of them waits for what only another one needs.
 #pragma once
 
 #include "cuda/sm90/plan.h"
@@ -9,7 +9,7 @@
 
 namespace moba::cuda::sm90 {
 
-constexpr int kPermuters = 2;  // warps
+constexpr int kGatherers = 2;  // warps
 
 template <class T, int kHeadDim, int kKeys, bool kResident>
 struct Producer {
@@ -20,6 +20,7 @@ struct Producer {
   const Schedule& schedule;
   const CUtensorMap* map_k;
   const CUtensorMap* map_v;
+  const CUtensorMap* map_last_v;
   typename P::Memory& memory;
 
   __device__ __forceinline__ int lane() const { return threadIdx.x % 32; }
@@ -75,10 +76,9 @@ struct Producer {
   }
 
   // One thread. Rows beyond the keys of the unit arrive as zeros.
-  __device__ __forceinline__ void load(const CUtensorMap* map, unsigned char* to, uint64_t* full, uint64_t* empty,
-                                       uint32_t phase, int key_begin, int head, int group) {
-    mbarrier_wait(shared_address(empty), phase ^ 1);
-    mbarrier_arrive_expect_tx(shared_address(full), P::kKeyBytes);
+  __device__ __forceinline__ void load(const CUtensorMap* map, unsigned char* to, uint64_t* full, int bytes,
+                                       int key_begin, int head, int group) {
+    mbarrier_arrive_expect_tx(shared_address(full), bytes);
 #pragma unroll
     for (int panel = 0; panel < P::kPanels; ++panel) {
       tma_load_4d(shared_address(to) + panel * (kKeys * kPanelRowBytes), map, shared_address(full),
@@ -86,34 +86,47 @@ struct Producer {
     }
   }
 
-  // Within each 32 columns of a key, words 4 j + g become words 4 g + j: where the scores' product, which takes columns
-  // in another order than consumers hold them, looks for them.
-  __device__ __forceinline__ void permute(uint32_t keys) const {
-    constexpr int kParts = kHeadDim / 32;
-    for (int i = threadIdx.x - 64; i < kKeys * kParts; i += 32 * kPermuters) {
-      const int row = i % kKeys, part = i / kKeys;
-      const uint32_t at = keys + part / 2 * (kKeys * kPanelRowBytes) + row * kPanelRowBytes;
-      const int first = part % 2 * 4, turn = row % 8;
-      uint32_t to[4];
+  // The rows of a value tile that the last load of a block does not write: weights of 0 must meet nothing that is NaN.
+  __device__ __forceinline__ void clear_values(unsigned char* values) {
+    for (int i = schedule.last_keys * 8 + lane(); i < kKeys * 8; i += 32) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) to[j] = at + ((first + j) ^ turn) * 16;
-      const uint4 a = shared_load(to[0]), b = shared_load(to[1]), c = shared_load(to[2]), d = shared_load(to[3]);
-      shared_store(to[0], a.x, b.x, c.x, d.x);
-      shared_store(to[1], a.y, b.y, c.y, d.y);
-      shared_store(to[2], a.z, b.z, c.z, d.z);
-      shared_store(to[3], a.w, b.w, c.w, d.w);
+      for (int panel = 0; panel < P::kPanels; ++panel) {
+        *reinterpret_cast<uint4*>(values + panel * (kKeys * kPanelRowBytes) + i * 16) = make_uint4(0, 0, 0, 0);
+      }
     }
+    fence_proxy_async();
+    __syncwarp();
   }
 
-  __device__ __forceinline__ void permute_keys() {
-    for (Ring<P::kKeySlots> ring;; ring.advance()) {
-      mbarrier_wait(shared_address(&memory.key_loaded[ring.slot]), ring.phase);
-      if (memory.no_keys[ring.slot]) return;
-      permute(shared_address(memory.keys[ring.slot]));
-      fence_proxy_async();
-      __syncwarp();
-      if (lane() == 0) mbarrier_arrive(shared_address(&memory.key_full[ring.slot]));
+  // A row is copied in 16-byte parts, one a lane; so a warp copies one or more rows at a time.
+  __device__ __forceinline__ void gather() {
+    constexpr int kParts = kHeadDim / 8, kWarpRows = 32 / kParts, kRowsAtOnce = kGatherers * kWarpRows;
+    const int part = lane() % kParts, first_row = (threadIdx.x / 32 - 2) * kWarpRows + lane() / kParts;
+    const uint32_t panel = part / 8 * (kRows * kPanelRowBytes);
+    Ring<P::kTileSlots> ring;
+    Ring<P::kQuerySlots> query;
+    for (int stops = 0; stops < P::kConsumers; ring.advance(), query.advance()) {
+      const Tile& tile = memory.tiles[ring.slot];
+      const uint32_t full = shared_address(&memory.query_full[query.slot]);
+      mbarrier_wait(shared_address(&memory.tile_full[ring.slot]), ring.phase);
+      mbarrier_wait(shared_address(&memory.query_empty[query.slot]), query.phase ^ 1);
+      if (tile.item >= 0) {
+        const char* queries = static_cast<const char*>(tile.queries) + part * 16;
+        const uint32_t to = shared_address(memory.queries[query.slot]) + panel;
+#pragma unroll
+        for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
+          const int row = first_row + i * kRowsAtOnce;
+          const uint32_t entry = tile.entry[row];
+          const char* from = queries + static_cast<uint64_t>(entry & (kMaxRows - 1)) * schedule.row_bytes;
+          if (schedule.group > 1) from += static_cast<int64_t>(entry >> kRowBits) * p.q.head * 2;
+          cp_async_16(to + swizzled(row, part % 8), from);
+        }
+      } else {
+        ++stops;
+      }
+      cp_async_mbarrier_arrive(full);
     }
+    cp_async_wait_all();
   }
 
   __device__ __forceinline__ void load_keys_and_values() {
@@ -127,22 +140,23 @@ struct Producer {
         const int visits = kResident ? 1 : (item.tiles + P::kConsumers - 1) / P::kConsumers;
         for (int visit = 0; visit < visits; ++visit) {
           for (int step = 0; step < (kResident ? 1 : schedule.steps); ++step, ring.advance()) {
+            const int key_begin = begin + step * kKeys;
+            const bool last = kResident || step + 1 == schedule.steps;
+            mbarrier_wait(shared_address(&memory.key_empty[ring.slot]), ring.phase ^ 1);
             if (lane() == 0) {
-              load(map_k, memory.keys[ring.slot], kResident ? &memory.key_loaded[ring.slot] : &memory.key_full[ring.slot],
-                   &memory.key_empty[ring.slot], ring.phase, begin + step * kKeys, head, group);
-              load(map_v, memory.values[ring.slot], &memory.value_full[ring.slot], &memory.value_empty[ring.slot],
-                   ring.phase, begin + step * kKeys, head, group);
+              load(map_k, memory.keys[ring.slot], &memory.key_full[ring.slot], P::kKeyBytes, key_begin, head, group);
+            }
+            mbarrier_wait(shared_address(&memory.value_empty[ring.slot]), ring.phase ^ 1);
+            if (last && schedule.last_keys < kKeys) clear_values(memory.values[ring.slot]);
+            if (lane() == 0) {
+              load(last ? map_last_v : map_v, memory.values[ring.slot], &memory.value_full[ring.slot],
+                   (last ? schedule.last_keys : kKeys) * kHeadDim * 2, key_begin, head, group);
             }
             __syncwarp();
           }
         }
       });
     });
-    if (kResident && lane() == 0) {
-      mbarrier_wait(shared_address(&memory.key_empty[ring.slot]), ring.phase ^ 1);
-      memory.no_keys[ring.slot] = 1;
-      mbarrier_arrive(shared_address(&memory.key_loaded[ring.slot]));
-    }
   }
 
   __device__ __forceinline__ void run() {
@@ -151,8 +165,8 @@ struct Producer {
       push_tiles();
     } else if (warp == 1) {
       load_keys_and_values();
-    } else if (kResident) {
-      permute_keys();
+    } else {
+      gather();
     }
   }
 };

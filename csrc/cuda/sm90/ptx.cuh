@@ -36,9 +36,8 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
       : "memory");
 }
 
-// 16 bytes, of which the first `bytes` are read and the rest become zero.
-__device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+__device__ __forceinline__ void cp_async_16(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 __device__ __forceinline__ void cp_async_4(uint32_t to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
@@ -96,37 +95,14 @@ __device__ __forceinline__ float exp2_approximate(float x) {
   return y;
 }
 
-// 16 bytes that other threads of the CTA hardly read again.
-__device__ __forceinline__ void load_once(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void* from) {
-  asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
-               : "l"(from));
-}
-__device__ __forceinline__ uint32_t opaque_xor(uint32_t a, uint32_t b) {
-  uint32_t value;
-  asm volatile("xor.b32 %0, %1, %2;" : "=r"(value) : "r"(a), "r"(b));
-  return value;
-}
-// 16 bytes of shared memory.
-__device__ __forceinline__ uint4 shared_load(uint32_t from) {
-  uint4 value;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(from)
-               : "memory");
-  return value;
-}
-__device__ __forceinline__ void shared_store(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
-}
-
 // Written once and read once by a later kernel: the first to leave the cache.
 __device__ __forceinline__ void store_streaming(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
-__device__ __forceinline__ void prefetch_l2(const void* from) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
+// Address and size are multiples of 16.
+__device__ __forceinline__ void bulk_prefetch_l2(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 // Barriers 1 to 15 between some warps of a CTA; 0 is __syncthreads.

@@ -48,6 +48,10 @@ Workspace lay_out(Layout& layout, const Shape& shape, int64_t units_k, const Bac
   const int64_t rows = units_k * heads_rows(shape), key_tiles = units_k * shape.blocks() * plan.pass_tiles;
   const bool sums = plan.reduce || plan.pass_tiles < block_tiles(shape);
   Workspace work;
+  work.heads = static_cast<int32_t>(shape.heads_per_key_head());
+  work.rows = heads_rows(shape);
+  work.entries = capacity(shape);
+  work.partial_rows = partial_rows(shape);
   work.lse = layout.take<float>(rows);
   work.own_lse = layout.take<float>(rows);
   work.delta = layout.take<float>(rows);
@@ -72,9 +76,9 @@ bool accepts_backward(const BackwardParams& p, Dtype dtype) {
   if (dtype != Dtype::kBFloat16 && dtype != Dtype::kHalf) return false;
   if (shape.head_dim != 64 && shape.head_dim != 128) return false;
   if (shape.rows >= kMaxRows || shape.keys > INT32_MAX || shape.heads_per_key_head() > kMaxGroup) return false;
-  if (shape.units() > INT32_MAX) return false;
+  if (shape.units() > INT32_MAX || shape.units_k() * shape.blocks() * block_tiles(shape) > INT32_MAX) return false;
   if (capacity(shape) > INT32_MAX || partial_rows(shape) >= UINT32_MAX) return false;
-  // Tile::From
+  // Tile::queries
   for (const Source* source : {&p.q, &p.dout}) {
     const int64_t last = (shape.heads_per_key_head() - 1) * source->head + (shape.rows - 1) * source->row;
     if (source->head < 0 || source->row < 0 || last / 8 > INT32_MAX) return false;

@@ -122,11 +122,23 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void exponentiate(const Tile& tile) {
-    const float4* lse = reinterpret_cast<const float4*>(tile.lse) + thread() % 4 * 5;
+  // Numbers of the queries in this thread's columns. Loaded well before they are used: while products run, shared
+  // memory answers late.
+  struct Numbers {
+    float4 of[kScores / 8];
+  };
+  __device__ __forceinline__ Numbers numbers(const float (&from)[kPlaces]) const {
+    const float4* at = reinterpret_cast<const float4*>(from) + thread() % 4 * 5;
+    Numbers numbers;
+#pragma unroll
+    for (int i = 0; i < kScores / 8; ++i) numbers.of[i] = at[i];
+    return numbers;
+  }
+
+  __device__ __forceinline__ void exponentiate(const Numbers& lse) {
 #pragma unroll
     for (int i = 0; i < kScores / 8; ++i) {
-      const float4 base = lse[i];
+      const float4 base = lse.of[i];
       float* at = scores + 8 * i;
       at[0] = exp2_approximate(fmaf(at[0], scale, -base.x));
       at[1] = exp2_approximate(fmaf(at[1], scale, -base.y));
@@ -139,11 +151,10 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void differentiate(const Tile& tile) {
-    const float4* delta = reinterpret_cast<const float4*>(tile.delta) + thread() % 4 * 5;
+  __device__ __forceinline__ void differentiate(const Numbers& delta) {
 #pragma unroll
     for (int i = 0; i < kScores / 8; ++i) {
-      const float4 base = delta[i];
+      const float4 base = delta.of[i];
       float* at = change + 8 * i;
       const float* weight = scores + 8 * i;
       at[0] = weight[0] * (at[0] - base.x);
@@ -175,44 +186,47 @@ struct Consumer {
     }
   }
 
-  // dq of a tile. In sums, lanes 16 apart exchange halves of what they hold of their rows, so that eight lanes add to
-  // 128 bytes in one place.
+  // dq of a tile.
   __device__ __forceinline__ void store_queries(const Tile& tile) {
     if constexpr (kReduce) {
-      add_rows<0>(tile);
-      add_rows<1>(tile);
+      add_rows(tile);
     } else {
       store_row<0>(tile);
       store_row<1>(tile);
     }
   }
 
-  template <int kHalf>
+  // Lanes 16 apart exchange halves of what they hold of their rows, so that eight lanes add to 128 bytes in one place.
   __device__ __forceinline__ void add_rows(const Tile& tile) {
-    const auto& values = dq();
+    auto& values = dq();
     const int lane = thread() % 32;
-    const bool high = lane & 16;
-    const uint32_t* targets = tile.target + thread() % kWarpgroup / 32 * 16 + lane % 16 / 4 + 8 * kHalf;
-    float* sums = static_cast<float*>(tile.rows) + half * (kHeadDim / 2) + (high ? 16 : 0) + lane % 4 * 4;
-    float* low_row = sums + static_cast<int64_t>(targets[0]) * kHeadDim;
-    float* high_row = sums + static_cast<int64_t>(targets[4]) * kHeadDim;
-    const bool low_exists = targets[0] != kNobody, high_exists = targets[4] != kNobody;
+    const bool upper = lane & 16;
+    // Elements at and at + 8 of each 16 become those of the lower and of the upper row.
+    float received[kQuery / 2];
 #pragma unroll
-    for (int i = 0; i < kQuery / 16; ++i) {
-      float own[4], other[4];
+    for (int i = 0; i < kQuery / 2; ++i) {
+      const int at = i / 8 * 16 + i % 8;
+      received[i] = __shfl_xor_sync(0xffffffffu, upper ? values[at] : values[at + 8], 16);
+    }
+    const uint32_t* targets = tile.target + thread() % kWarpgroup / 32 * 16 + lane % 16 / 4;
+    float* sums = static_cast<float*>(tile.rows) + half * (kHeadDim / 2) + (upper ? 16 : 0) + lane % 4 * 4;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int at = 16 * i + 2 * kHalf + j % 2 + j / 2 * 4;
-        own[j] = high ? values[at + 8] : values[at];
-        other[j] = __shfl_xor_sync(0xffffffffu, high ? values[at] : values[at + 8], 16);
-      }
-      if (low_exists) {
-        add_in_memory(low_row + 32 * i, high ? other[0] : own[0], high ? other[1] : own[1], high ? other[2] : own[2],
-                      high ? other[3] : own[3]);
-      }
-      if (high_exists) {
-        add_in_memory(high_row + 32 * i, high ? own[0] : other[0], high ? own[1] : other[1], high ? own[2] : other[2],
-                      high ? own[3] : other[3]);
+    for (int row = 0; row < 2; ++row) {
+#pragma unroll
+      for (int up = 0; up < 2; ++up) {
+        const uint32_t target = targets[8 * row + 4 * up];
+        float* to = sums + static_cast<int64_t>(target) * kHeadDim;
+#pragma unroll
+        for (int i = 0; i < kQuery / 16; ++i) {
+          float added[4];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const int from = 2 * row + j % 2 + j / 2 * 4;
+            const float own = values[16 * i + 8 * up + from], other = received[8 * i + from];
+            added[j] = upper == (up == 1) ? own : other;
+          }
+          add_in_memory(to + 32 * i, added[0], added[1], added[2], added[3], target != kNobody);
+        }
       }
     }
   }
@@ -246,37 +260,36 @@ struct Consumer {
     }
   }
 
-  // Everything that comes before dq and dk of a tile. On entry its scores and then its change are the last products but
-  // kBetween under way; on return its dv is.
-  template <int kBetween>
-  __device__ __forceinline__ void first_half(int done) {
+  // Everything that comes before dq and dk of a tile. On entry its scores and then its change are the last products
+  // under way; on return its dv is.
+  __device__ __forceinline__ void first_half(const Numbers& lse, bool masked, int done) {
     const Tile& tile = memory.tiles[stage.slot];
-    wgmma_wait<1>();
+    wgmma_wait<1>();  // dk of the tile before and scores
     settle(scores);
-    if (tile.masked) mask(scores, tile, -INFINITY);
-    exponentiate(tile);
-    if (kBetween > 0) {
-      wgmma_wait<1>();  // dk of the tile before
-      arrive(&memory.empty[done]);
-    }
+    if (done >= 0) arrive(&memory.empty[done]);
+    if (masked) mask(scores, tile, -INFINITY);
+    exponentiate(lse);
+    const Numbers delta = numbers(tile.delta);
     pack_weights();
     multiply_weights();
     wgmma_wait<1>();
     settle(change);
-    differentiate(tile);
-    if (tile.masked) mask(change, tile, 0.f);
+    differentiate(delta);
+    if (masked) mask(change, tile, 0.f);
     store_changes(shared_address(memory.changes[turn]));
     fence_proxy_async();
     named_barrier_sync<1, kConsumerThreads>();
   }
 
-  // dq and dk of a tile, and the first half of the next one.
-  __device__ __forceinline__ void step() {
+  // dq and dk of a tile, and the first half of the next one. Returns whether there is another after that.
+  __device__ __forceinline__ bool step() {
     const int done = stage.slot;
     multiply_changes(turn);
     stage.advance();
     mbarrier_wait(shared_address(&memory.full[stage.slot]), stage.phase);
     fence_proxy_async();  // cp.async wrote what the products read
+    const Tile& tile = memory.tiles[stage.slot];
+    const bool more = tile.kind == kMore, masked = tile.masked;
     multiply_queries(done, turn);
     turn ^= 1;
     multiply_scores();
@@ -284,8 +297,10 @@ struct Consumer {
     settle(weights);
     settle(dq());
     store_queries(memory.tiles[done]);
+    const Numbers lse = numbers(tile.lse);
     multiply_change();
-    first_half<1>(done);
+    first_half(lse, masked, done);
+    return more;
   }
 
   // dq and dk of the last tile of an item.
@@ -313,10 +328,12 @@ struct Consumer {
       clear(query);
       clear(dk);
       clear(dv);
+      const Tile& tile = memory.tiles[stage.slot];
+      bool more = tile.kind == kMore;
       multiply_scores();
       multiply_change();
-      first_half<0>(0);
-      while (memory.tiles[stage.slot].kind == kMore) step();
+      first_half(numbers(tile.lse), tile.masked, -1);
+      while (more) more = step();
       finish();
       arrive(&memory.keys_empty);
       store_gradients(memory.tiles[stage.slot]);

@@ -38,11 +38,15 @@ struct Exact {
     for (int offset = kLanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(lanes, sum, offset);
     return sum;
   }
-  __device__ bool any_broken(const Columns& values) const {
-    bool broken = false;
+  __device__ bool all_finite(const T* row) const {
+    bool finite = true;
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) broken |= !isfinite(values[i]);
-    return __any_sync(lanes, broken);
+    for (int i = 0; i < kColumns; ++i) finite &= isfinite(to_acc(row[lane * kColumns + i])) != 0;
+    return __all_sync(lanes, finite);
+  }
+  __device__ void store(T* row, const Columns& values) const {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) row[lane * kColumns + i] = from_acc<T>(values[i]);
   }
 
   struct Pair {

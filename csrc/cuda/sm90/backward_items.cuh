@@ -6,8 +6,7 @@
 namespace moba::cuda::sm90::backward {
 
 struct Counts {
-  int64_t query_tiles;
-  int32_t items, splits, slabs;
+  int32_t query_tiles, items, splits, slabs;
 
   __device__ __forceinline__ Counts operator+(const Counts& other) const {
     return {query_tiles + other.query_tiles, items + other.items, splits + other.splits, slabs + other.slabs};
@@ -53,45 +52,57 @@ __device__ __forceinline__ int32_t shares_of(int64_t count, int64_t before, int6
 }
 
 template <int kThreads>
+__device__ __forceinline__ int64_t sum_of_all(int64_t own) {
+  __shared__ int64_t sums[kThreads / 32];
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) own += __shfl_xor_sync(0xffffffffu, own, offset);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = own;
+  __syncthreads();
+  int64_t all = 0;
+#pragma unroll
+  for (int i = 0; i < kThreads / 32; ++i) all += sums[i];
+  return all;
+}
+
+// Writes the items of one key tile, and the key tile itself if its dk and dv are a sum of slabs.
+__device__ __forceinline__ void write_items(const Workspace& work, Item item, const Counts& before, int32_t shares) {
+  item.slab = before.slabs;
+  item.shares = shares;
+  if (shares != 1) work.splits[before.splits] = item;
+  const int32_t count = item.count;
+  for (int32_t share = 0; share < shares; ++share) {
+    item.first = static_cast<int32_t>(int64_t(count) * share / shares);
+    item.count = static_cast<int32_t>(int64_t(count) * (share + 1) / shares) - item.first;
+    work.items[before.items + share] = item;
+    ++item.slab;
+  }
+}
+
+template <int kThreads>
 __device__ __forceinline__ void cut_into_items(const BackwardParams& p, const Workspace& work, const Pass& pass,
                                                int processors) {
-  const int64_t tiles = p.lists.units_k.count * p.shape.blocks() * pass.tiles;
-  const int64_t each = (tiles + kThreads - 1) / kThreads;
-  const int64_t begin = min(threadIdx.x * each, tiles), end = min(begin + each, tiles);
-
-  Counts own{}, before, all;
-  for (int64_t i = begin; i < end; ++i) own.query_tiles += key_tile(p, pass, i).count;
-  scan<kThreads>(own, before, all);
-  const int64_t total = all.query_tiles;
-  const auto counts = [&](const Item& item, int64_t query_tiles_before) -> Counts {
-    if (item.keys == 0) return {};
-    const int32_t shares = shares_of(item.count, query_tiles_before, total, processors);
-    return {item.count, shares, shares != 1, shares > 1 ? shares : 0};
-  };
-  own = {};
-  for (int64_t i = begin; i < end; ++i) {
-    own = own + counts(key_tile(p, pass, i), before.query_tiles + own.query_tiles);
-  }
-  scan<kThreads>(own, before, all);
-  for (int64_t i = begin; i < end; ++i) {
-    Item item = key_tile(p, pass, i);
-    const Counts here = counts(item, before.query_tiles);
-    item.slab = before.slabs;
-    item.shares = here.items;
-    if (here.splits) work.splits[before.splits] = item;
-    const int32_t count = item.count;
-    for (int32_t share = 0; share < here.items; ++share) {
-      item.first = static_cast<int32_t>(int64_t(count) * share / here.items);
-      item.count = static_cast<int32_t>(int64_t(count) * (share + 1) / here.items) - item.first;
-      work.items[before.items + share] = item;
-      ++item.slab;
-    }
-    before = before + here;
+  const int tiles = static_cast<int>(p.lists.units_k.count * p.shape.blocks() * pass.tiles);
+  int64_t own = 0;
+  for (int i = threadIdx.x; i < tiles; i += kThreads) own += key_tile(p, pass, i).count;
+  const int64_t total = sum_of_all<kThreads>(own);
+  int64_t query_tiles = 0;
+  Counts done{};
+  for (int first = 0; first < tiles; first += kThreads) {
+    const int index = first + static_cast<int>(threadIdx.x);
+    const Item item = index < tiles ? key_tile(p, pass, index) : Item{};
+    Counts before, all;
+    scan<kThreads>({item.count, 0, 0, 0}, before, all);
+    const int32_t shares = shares_of(item.count, query_tiles + before.query_tiles, total, processors);
+    query_tiles += all.query_tiles;
+    const bool exists = item.keys > 0;
+    scan<kThreads>({0, shares, exists && shares != 1, shares > 1 ? shares : 0}, before, all);
+    if (exists) write_items(work, item, done + before, shares);
+    done = done + all;
   }
   if (threadIdx.x == 0) {
-    work.counters->items = all.items;
+    work.counters->items = done.items;
     work.counters->next = 0;
-    work.counters->splits = all.splits;
+    work.counters->splits = done.splits;
   }
 }
 

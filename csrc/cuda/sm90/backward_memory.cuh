@@ -27,9 +27,7 @@ struct Tile {
   alignas(16) float lse[kPlaces], delta[kPlaces];
   uint32_t target[kQueryTile];  // row of dq in its key head; kNobody beyond the end
   // Where the rows begin in q and dout of the key head, in parts of 16 bytes; negative beyond the end.
-  struct From {
-    int32_t query, gradient;
-  } from[kQueryTile];
+  int32_t queries[kQueryTile], gradients[kQueryTile];
   void* rows;  // row 0 of the sums or partials that `target` counts from
   Kind kind;
   int32_t shift;                          // key i is not after query j if i <= j + shift
@@ -51,7 +49,7 @@ struct Memory {
   Tile tiles[kStages];
   uint64_t full[kStages], empty[kStages];
   uint64_t keys_full, keys_empty;
-  Item items[2];  // keys < 0: no more work
+  int32_t items[2];
 };
 static_assert(sizeof(Memory<128>) <= 232448 && sizeof(Memory<64>) <= 232448, "227 KiB of shared memory");
 

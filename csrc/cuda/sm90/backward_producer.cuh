@@ -21,28 +21,46 @@ struct Producer {
   M& memory;
 
   Stage<M::kStages> stage;
+  const uint4* queries;     // of the key head's first head
+  const uint4* gradients;   // of the queries
+  const Item* source;       // of `item`, for what is rarely read
+  Item item;                // the same for all lanes, as the compiler has to know: uniform registers are many
   int own_head, own_first;  // of the tile that is looked up next; own_head is the number of heads in the list
   int list_first;
 
-  __device__ __forceinline__ int lane() const { return threadIdx.x % 32; }
-  __device__ __forceinline__ int warp() const { return threadIdx.x / 32; }
-  __device__ __forceinline__ int heads() const { return static_cast<int>(p.shape.heads_per_key_head()); }
+  // Read anew each time: what follows from it is not to be kept in registers.
+  __device__ __forceinline__ unsigned thread() const {
+    unsigned thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+  }
+  __device__ __forceinline__ int lane() const { return thread() % 32; }
+  __device__ __forceinline__ int warp() const { return thread() / 32; }
+  __device__ __forceinline__ static int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+  template <class P>
+  __device__ __forceinline__ static P* uniform(P* pointer) {
+    const uint64_t value = reinterpret_cast<uint64_t>(pointer);
+    const uint32_t low = uniform(static_cast<int>(value)), high = uniform(static_cast<int>(value >> 32));
+    return reinterpret_cast<P*>(uint64_t(high) << 32 | low);
+  }
   // The row of a tile that this lane looks up for the warp, if it is one of the first kWarpTile.
   __device__ __forceinline__ int looked_up() const { return warp() * kWarpTile + lane() % kWarpTile; }
+  __device__ __forceinline__ bool in_list() const { return own_head == work.heads; }
 
-  __device__ __forceinline__ void seek(const Item& item) {
-    const int own_tiles = (item.own_rows + kQueryTile - 1) / kQueryTile, own = own_tiles * heads();
+  __device__ __forceinline__ void seek() {
+    const int own_tiles = (item.own_rows + kQueryTile - 1) / kQueryTile, own = own_tiles * work.heads;
+    own_head = work.heads;
+    own_first = 0;
+    list_first = item.list_begin;
     if (item.first < own) {
       own_head = item.first / own_tiles;
       own_first = (item.first - own_head * own_tiles) * kQueryTile;
-      list_first = item.list_begin;
     } else {
-      own_head = heads();
-      list_first = item.list_begin + (item.first - own) * kQueryTile;
+      list_first += (item.first - own) * kQueryTile;
     }
   }
-  __device__ __forceinline__ void advance(const Item& item) {
-    if (own_head == heads()) {
+  __device__ __forceinline__ void advance() {
+    if (in_list()) {
       list_first += kQueryTile;
       return;
     }
@@ -54,84 +72,76 @@ struct Producer {
   }
 
   // Of row `looked_up` of the tile that is looked up next.
-  __device__ __forceinline__ uint32_t entry_of(const Item& item) const {
-    if (own_head == heads()) {
+  __device__ __forceinline__ uint32_t entry_of() const {
+    if (in_list()) {
       const int index = list_first + looked_up();
-      return index < item.list_end ? __ldg(p.lists.entries + item.unit_k * capacity(p.shape) + index) : kNobody;
+      return index < item.list_end ? __ldg(p.lists.entries + item.unit_k * work.entries + index) : kNobody;
     }
     const int i = own_first + looked_up();
     return i < item.own_rows ? static_cast<uint32_t>(own_head) << kRowBits | (item.own_begin + i) : kNobody;
   }
 
-  __device__ __forceinline__ void describe(const Item& item, Tile& tile, uint32_t entry) {
+  __device__ __forceinline__ void describe(Tile& tile, uint32_t entry) {
     const int i = looked_up(), at = place_of(i);
-    const bool own = own_head != heads();
-    if (entry == kNobody) {
-      tile.target[i] = kNobody;
-      tile.from[i] = {-1, -1};
-      cp_async_4(shared_address(&tile.lse[at]), work.lse, 0);
-      cp_async_4(shared_address(&tile.delta[at]), work.delta, 0);
-      return;
-    }
-    const int64_t head = entry >> kRowBits, row = entry & kRowMask;
-    const uint32_t index = static_cast<uint32_t>(head * p.shape.rows + row);
-    tile.target[i] = kReduce ? index : own ? static_cast<uint32_t>(capacity(p.shape)) + index : list_first + i;
-    tile.from[i] = {static_cast<int32_t>((head * p.q.head + row * p.q.row) / 8),
-                    static_cast<int32_t>((head * p.dout.head + row * p.dout.row) / 8)};
-    const int64_t from = item.unit_k * heads_rows(p.shape) + index;
-    cp_async_4(shared_address(&tile.lse[at]), (own ? work.own_lse : work.lse) + from, 4);
-    cp_async_4(shared_address(&tile.delta[at]), work.delta + from, 4);
+    const bool there = entry != kNobody, own = !in_list();
+    const uint32_t head = there ? entry >> kRowBits : 0, row = there ? entry & kRowMask : 0;
+    const uint32_t index = head * static_cast<uint32_t>(p.shape.rows) + row;
+    const uint32_t target = kReduce ? index : own ? static_cast<uint32_t>(work.entries) + index : list_first + i;
+    tile.target[i] = there ? target : kNobody;
+    tile.queries[i] = there ? static_cast<int32_t>((head * p.q.head + row * p.q.row) / 8) : -1;
+    tile.gradients[i] = there ? static_cast<int32_t>((head * p.dout.head + row * p.dout.row) / 8) : -1;
+    const int64_t from = item.unit_k * work.rows + index;
+    cp_async_4(shared_address(&tile.lse[at]), (own ? work.own_lse : work.lse) + from, there ? 4 : 0);
+    cp_async_4(shared_address(&tile.delta[at]), work.delta + from, there ? 4 : 0);
   }
 
-  __device__ __forceinline__ void describe_all(const Item& item, Tile& tile, bool last) {
-    const int shift = own_head == heads() ? kKeyTile : item.own_shift + own_first;
+  __device__ __forceinline__ void describe_all(Tile& tile, bool last) {
+    const int shift = in_list() ? kKeyTile : item.own_shift + own_first;
     if (kReduce) {
-      tile.rows = work.sums + item.unit_k * heads_rows(p.shape) * kHeadDim;
+      tile.rows = work.sums + item.unit_k * work.rows * kHeadDim;
     } else {
       tile.rows = static_cast<T*>(work.partials) +
-                  (item.tile * p.lists.units_k.count + item.unit_k) * partial_rows(p.shape) * kHeadDim;
+                  (source->tile * p.lists.units_k.count + item.unit_k) * work.partial_rows * kHeadDim;
     }
     tile.kind = last ? kLast : kMore;
     tile.shift = shift;
     tile.masked = item.keys < kKeyTile || shift < kKeyTile - 1;
-    tile.unit_k = item.unit_k;
-    tile.key_begin = item.key_begin;
     tile.keys = item.keys;
-    tile.slab = item.shares == 1 ? -1 : item.slab;
+    if (!last) return;
+    tile.unit_k = item.unit_k;
+    tile.key_begin = source->key_begin;
+    tile.slab = source->shares == 1 ? -1 : source->slab;
   }
 
-  __device__ __forceinline__ const uint4* first_row(const Source& source, int unit_k) const {
-    const uint32_t unit = static_cast<uint32_t>(p.lists.units_k.begin + unit_k) * heads(), all = p.shape.heads;
-    return static_cast<const uint4*>(source.data) + (unit / all * source.group + unit % all * source.head) / 8 +
-           lane() % kParts;
-  }
-
-  __device__ __forceinline__ void copy_rows(const Tile& tile, int unit_k) {
+  // Rows of the queries or of their gradients.
+  __device__ __forceinline__ void copy_rows(const unsigned char* to, const uint4* base, const int32_t* rows) {
+    const uint4* from = base + lane() % kParts;
     const int part = lane() % kParts, row = lane() / kParts;
-    const uint32_t offset = part / 8 * M::kQueryPanel + warp() * (kWarpTile * kPanelRowBytes) + swizzled(row, part % 8);
-    const uint32_t queries = shared_address(memory.queries[stage.slot]) + offset;
-    const uint32_t further = shared_address(memory.gradients) - shared_address(memory.queries);
-    const uint4* q = first_row(p.q, unit_k);
-    const uint4* dout = first_row(p.dout, unit_k);
-#pragma unroll 2
-    for (int i = 0; i < kWarpTile / kWarpRows; ++i) {
-      const Tile::From from = tile.from[warp() * kWarpTile + i * kWarpRows + row];
-      const int bytes = from.query >= 0 ? 16 : 0;
-      // As swizzled() of row i * kWarpRows + row.
-      const uint32_t down = i * kWarpRows * kPanelRowBytes, turn = i * kWarpRows % 8 * 16;
-      const uint32_t to = (queries ^ turn) + down;
-      cp_async_16(to, q + max(from.query, 0), bytes);
-      cp_async_16(to + further, dout + max(from.gradient, 0), bytes);
+    const uint32_t at = shared_address(to) + part / 8 * M::kQueryPanel + warp() * (kWarpTile * kPanelRowBytes) +
+                        swizzled(row, part % 8);
+    constexpr int kAtOnce = 4;
+#pragma unroll
+    for (int first = 0; first < kWarpTile / kWarpRows; first += kAtOnce) {
+      int32_t offsets[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) offsets[i] = rows[warp() * kWarpTile + (first + i) * kWarpRows + row];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        // As swizzled() of row (first + i) * kWarpRows + row.
+        const int down = (first + i) * kWarpRows;
+        cp_async_16((at ^ down % 8 * 16) + down * kPanelRowBytes, from + max(offsets[i], 0), offsets[i] >= 0 ? 16 : 0);
+      }
     }
   }
 
-  __device__ __forceinline__ void gather(const Item& item, uint32_t entry, bool last) {
+  __device__ __forceinline__ void gather(uint32_t entry, bool last) {
     Tile& tile = memory.tiles[stage.slot];
     mbarrier_wait(shared_address(&memory.empty[stage.slot]), stage.phase ^ 1);
-    if (lane() < kWarpTile) describe(item, tile, entry);
-    if (threadIdx.x == 0) describe_all(item, tile, last);
+    if (lane() < kWarpTile) describe(tile, entry);
+    if (threadIdx.x == 0) describe_all(tile, last);
     __syncwarp();
-    copy_rows(tile, item.unit_k);
+    copy_rows(memory.queries[stage.slot], queries, tile.queries);
+    copy_rows(memory.gradients[stage.slot], gradients, tile.gradients);
     publish();
   }
 
@@ -143,54 +153,61 @@ struct Producer {
   }
 
   // Rows beyond the keys of the tile become zeros.
-  __device__ __forceinline__ void load_rows(const unsigned char* to, const Source& source, const Item& item) {
+  __device__ __forceinline__ void load_rows(const unsigned char* to, const Source& rows) {
     const int part = lane() % kParts, row = warp() * kWarpRows + lane() / kParts;
     const uint32_t unit_k = static_cast<uint32_t>(p.lists.units_k.begin + item.unit_k), all = p.shape.heads_k;
-    const T* from = static_cast<const T*>(source.data) + unit_k / all * source.group + unit_k % all * source.head +
-                    (item.key_begin + row) * source.row + part * 8;
+    const T* from = static_cast<const T*>(rows.data) + unit_k / all * rows.group + unit_k % all * rows.head +
+                    (source->key_begin + row) * rows.row + part * 8;
     const uint32_t at = shared_address(to) + part / 8 * M::kKeyPanel + swizzled(row, part % 8);
 #pragma unroll 1
     for (int i = 0; i < kKeyTile / kRowsAtOnce; ++i) {
       const bool there = row + i * kRowsAtOnce < item.keys;
-      cp_async_16(at + i * kRowsAtOnce * kPanelRowBytes, there ? from : source.data, there ? 16 : 0);
-      from += kRowsAtOnce * source.row;
+      cp_async_16(at + i * kRowsAtOnce * kPanelRowBytes, there ? from : rows.data, there ? 16 : 0);
+      from += kRowsAtOnce * rows.row;
     }
   }
 
-  // The next item, for all four warps.
-  __device__ __forceinline__ const Item& take(uint32_t turn) {
-    Item& item = memory.items[turn];
-    if (warp() == 0) {
-      int next = 0;
-      if (lane() == 0) next = atomicAdd(&work.counters->next, 1);
-      next = __shfl_sync(0xffffffffu, next, 0);
-      constexpr int kWords = sizeof(Item) / 4;
-      static_assert(kWords <= 32);
-      if (next >= __ldg(&work.counters->items)) {
-        if (lane() == 0) item.keys = -1;
-      } else if (lane() < kWords) {
-        reinterpret_cast<int32_t*>(&item)[lane()] = __ldg(reinterpret_cast<const int32_t*>(work.items + next) + lane());
-      }
-    }
+  __device__ __forceinline__ const uint4* first_row(const Source& rows) const {
+    const uint32_t unit = static_cast<uint32_t>(p.lists.units_k.begin + item.unit_k) * work.heads, all = p.shape.heads;
+    return uniform(static_cast<const uint4*>(rows.data) + (unit / all * rows.group + unit % all * rows.head) / 8);
+  }
+
+  // The next item, for all four warps; false if there is none.
+  __device__ __forceinline__ bool take(uint32_t turn) {
+    int& next = memory.items[turn];
+    if (threadIdx.x == 0) next = atomicAdd(&work.counters->next, 1);
     named_barrier_sync<2, kWarpgroup>();
-    return item;
+    const int index = uniform(next);
+    if (index >= uniform(__ldg(&work.counters->items))) return false;
+    const Item& from = work.items[index];
+    item.unit_k = uniform(from.unit_k);
+    item.keys = uniform(from.keys);
+    item.own_begin = uniform(from.own_begin);
+    item.own_rows = uniform(from.own_rows);
+    item.own_shift = uniform(from.own_shift);
+    item.list_begin = uniform(from.list_begin);
+    item.list_end = uniform(from.list_end);
+    item.first = uniform(from.first);
+    item.count = uniform(from.count);
+    source = uniform(&from);
+    queries = first_row(p.q);
+    gradients = first_row(p.dout);
+    return true;
   }
 
   __device__ __forceinline__ void run() {
-    for (uint32_t turn = 0;; turn ^= 1) {
-      const Item& item = take(turn);
-      if (item.keys < 0) break;
-      seek(item);
-      uint32_t entry = entry_of(item);
+    for (uint32_t turn = 0; take(turn); turn ^= 1) {
+      seek();
+      uint32_t entry = entry_of();
 #pragma unroll 1
       for (int left = item.count; left > 0; --left) {
-        gather(item, entry, left == 1);
-        advance(item);
-        if (left > 1) entry = entry_of(item);
+        gather(entry, left == 1);
+        advance();
+        if (left > 1) entry = entry_of();
         if (left < item.count) continue;
         mbarrier_wait(shared_address(&memory.keys_empty), turn ^ 1);
-        load_rows(memory.keys, p.k, item);
-        load_rows(memory.values, p.v, item);
+        load_rows(memory.keys, p.k);
+        load_rows(memory.values, p.v);
         cp_async_mbarrier_arrive(shared_address(&memory.keys_full));
       }
     }

@@ -1,6 +1,6 @@
 // dq: from the sums in memory, or as the sum of the partials of each row in the order of its slots. head_dim / 8 lanes
 // hold a row, in the permuted order of the products; four of them exchange what they hold of 32 columns at the end.
-#include "cuda/sm90/backward_exact.cuh"
+#include "cuda/portable/unit.cuh"
 #include "cuda/sm90/backward_store.cuh"
 
 namespace moba::cuda::sm90::backward {
@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kThreadsPerBlock = 256;
 constexpr int kColumns = 8;  // of a lane: columns 8 g + 2 j + e of each 32, for lane j of four
-constexpr int kAtOnce = 4;   // loads under way
+constexpr int kAtOnce = 8;   // loads under way
 
 template <class T, int kHeadDim>
 struct Row {
@@ -52,17 +52,22 @@ struct Row {
       // Each lane looks up one slot of kLanes.
       const int32_t looked_up = slot0 + lane < slots ? positions[slot0 + lane] : kUnused;
       const int count = min(kLanes, slots - slot0) * tiles;
+      int slot = 0, tile = 0;
       for (int first = 0; first < count; first += kAtOnce) {
         uint4 words[kAtOnce];
         bool written[kAtOnce];
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
-          const int slot = (first + i) / tiles, tile = first + i - slot * tiles;
           const int32_t position = __shfl_sync(lanes, looked_up, slot, kLanes);
           written[i] = first + i < count && (position >= 0 || (position == kCurrent && tile < own));
-          if (!written[i]) continue;
-          const int64_t at = tile * tile_stride + (position >= 0 ? position : own_row) * kHeadDim;
-          words[i] = __ldcs(reinterpret_cast<const uint4*>(partials + at) + lane);
+          if (written[i]) {
+            const int64_t at = tile * tile_stride + (position >= 0 ? position : own_row) * kHeadDim;
+            words[i] = __ldcs(reinterpret_cast<const uint4*>(partials + at) + lane);
+          }
+          if (++tile == tiles) {
+            tile = 0;
+            ++slot;
+          }
         }
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
@@ -105,12 +110,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
   for (int i = 0; i < 4; ++i) words[i] = pack<T>(values[2 * i], values[2 * i + 1]);
   transpose(words);
   if (!exists) return;
-  const Exact<T, kHeadDim> exact(p, work);
-  if (exact.any_broken(values)) {
-    exact.query(values, local, row);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) words[i] = pack<T>(values[2 * i], values[2 * i + 1]);
-  }
+  if (!all_finite(values)) work.counters->broken = 1;
   T* dq = unit_base<T>(p.dq, p.lists.units_k.begin * shape.heads_per_key_head() + local, shape.heads) + row * p.dq.row +
           lane * kColumns;
   *reinterpret_cast<uint4*>(dq) = make_uint4(words[0], words[1], words[2], words[3]);

@@ -6,19 +6,25 @@
 
 namespace moba::cuda::sm90::backward {
 
-// Key tile `index` of the pass with all its queries; keys == 0: a number that no block uses.
-__device__ __forceinline__ Item key_tile(const BackwardParams& p, const Pass& pass, int64_t index) {
+// Key tile `index` of the pass with all its queries; keys == 0: a number that no block uses. Fewer than 2^31 tiles.
+__device__ __forceinline__ Item key_tile(const BackwardParams& p, const Pass& pass, uint32_t index) {
   const Shape& shape = p.shape;
-  const int64_t tile = index % pass.tiles, number = index / pass.tiles % shape.blocks();
-  const int64_t unit_k = index / pass.tiles / shape.blocks();
-  const Block block = block_at(shape, number);
+  const uint32_t blocks = static_cast<uint32_t>(shape.blocks()), tiles = pass.tiles;
+  const uint32_t tile = index % tiles, unit_k = index / tiles / blocks, number = index / tiles % blocks;
+  Block block;
+  if (shape.cu_seqlens_k == nullptr) {
+    const int64_t begin = number * shape.block_size;
+    block = {{0, 0, shape.rows, 0, shape.keys}, begin, min(shape.block_size, shape.keys - begin)};
+  } else {
+    block = block_at(shape, number);
+  }
   const int64_t key = (pass.tile_begin + tile) * kKeyTile;
   Item item{};
   if (key >= block.keys) return item;
   const Sequence& sequence = block.sequence;
   const int64_t position = block.key_begin - sequence.key_begin + key, first = sequence.keys - sequence.rows;
   const int64_t own = max(position, first), own_end = block.key_begin - sequence.key_begin + block.keys;
-  const int32_t* list_begin = p.lists.list_begin + unit_k * (shape.blocks() + 1) + number;
+  const int32_t* list_begin = p.lists.list_begin + static_cast<int64_t>(unit_k) * (blocks + 1) + number;
   item.unit_k = static_cast<int32_t>(unit_k);
   item.key_begin = static_cast<int32_t>(block.key_begin + key);
   item.keys = static_cast<int32_t>(min(int64_t(kKeyTile), block.keys - key));

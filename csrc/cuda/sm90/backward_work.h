@@ -27,7 +27,7 @@ struct Item {
 
 struct Counters {
   int32_t items, next, splits;
-  int32_t broken;  // whether a sum of dk or dv was not finite
+  int32_t broken;  // whether a gradient was not finite
 };
 
 // Key tiles of every block, of which the pass takes some.
@@ -37,12 +37,17 @@ struct Pass {
 };
 
 struct Workspace {
+  // Of the shape, so that kernels need no divisions.
+  int32_t heads;          // per key head
+  int64_t rows, entries;  // of one key head: of its heads together
+  int64_t partial_rows;   // of one key head: its entries, then its rows
+
   float* lse;      // [units_k, heads per key head, rows], to base 2; infinite where a row sees nothing
   float* own_lse;  // the same, infinite also where a row did not choose its current block
   float* delta;    // sum(dout * out) - dlse
   // Columns are permuted within each 16 (sums) or 32 (partials), so that a thread's part of a product is 16 bytes.
   float* sums;     // [units_k, heads per key head, rows, head_dim]
-  void* partials;  // [pass tiles, units_k, partial_rows, head_dim], dtype of q: the entries, then the own rows
+  void* partials;  // [pass tiles, units_k, partial_rows, head_dim], dtype of q
   Item* items;
   Item* splits;  // key tiles whose shares are not 1: dk and dv are the sum of the slabs from `slab` on
   float* slabs;  // [slabs, 2, kKeyTile * head_dim], in the order of the threads

@@ -1,13 +1,11 @@
 // Which current-block kernel takes a call, and the tensor maps and schedule it needs.
-#include "cuda/sm90/current.h"
-
-#include <cudaTypedefs.h>
-
 #include <algorithm>
 #include <numeric>
 
 #include "cuda/portable/numeric.cuh"
+#include "cuda/sm90/current.h"
 #include "cuda/sm90/current_plan.h"
+#include "cuda/sm90/tensor_map.h"
 
 namespace moba::cuda::sm90 {
 namespace {
@@ -18,40 +16,6 @@ using namespace current;
 // run at lower speed). Long blocks: at least so many, as the tiles of each go through its keys side by side.
 constexpr int64_t kTogetherBytes = int64_t(20) << 20;
 constexpr int64_t kTogether = 16;
-
-PFN_cuTensorMapEncodeTiled_v12000 encode_function() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult result;
-  const cudaError_t status =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-  if (status != cudaSuccess || result != cudaDriverEntryPointSuccess) {
-    cudaGetLastError();
-    return nullptr;
-  }
-  return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
-}
-
-// [group, head, row, column], in boxes of one panel of `box_rows` rows.
-cudaError_t make_map(CUtensorMap& map, const Source& source, const Shape& shape, int64_t heads, int64_t rows,
-                     int box_rows, Dtype dtype) {
-  static const PFN_cuTensorMapEncodeTiled_v12000 encode = encode_function();
-  if (encode == nullptr) return cudaErrorNotSupported;
-  const auto positive = [](int64_t count) { return static_cast<cuuint64_t>(count); };
-  const cuuint64_t sizes[4] = {positive(shape.head_dim), positive(rows), positive(heads), positive(shape.groups)};
-  // The stride of a dimension of one element is never used, but has to be valid.
-  const auto bytes = [&](int64_t count, int64_t stride) {
-    return static_cast<cuuint64_t>((count > 1 ? stride : shape.head_dim) * 2);
-  };
-  const cuuint64_t strides[3] = {bytes(rows, source.row), bytes(heads, source.head),
-                                 bytes(shape.groups, source.group)};
-  const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(box_rows), 1, 1};
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
-  const CUresult result =
-      encode(&map, dtype == Dtype::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
-             const_cast<void*>(source.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -111,10 +75,12 @@ cudaError_t launch_current(const CurrentParams& p, Dtype dtype, cudaStream_t str
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return status;
 
+  const Extent rows{shape.groups, shape.heads, shape.rows, shape.head_dim};
+  const Extent keys{shape.groups, shape.heads_k, shape.keys, shape.head_dim};
   CUtensorMap map_q, map_k, map_v;
-  status = make_map(map_q, p.q, shape, shape.heads, shape.rows, kRows, dtype);
-  if (status == cudaSuccess) status = make_map(map_k, p.k, shape, shape.heads_k, shape.keys, kKeys, dtype);
-  if (status == cudaSuccess) status = make_map(map_v, p.v, shape, shape.heads_k, shape.keys, kKeys, dtype);
+  status = make_tensor_map(map_q, p.q, rows, kRows, dtype);
+  if (status == cudaSuccess) status = make_tensor_map(map_k, p.k, keys, kKeys, dtype);
+  if (status == cudaSuccess) status = make_tensor_map(map_v, p.v, keys, kKeys, dtype);
   if (status != cudaSuccess) return status;
   return with_kernel(p, dtype, [&](auto kernel) {
     using Kernel = decltype(kernel);

@@ -60,16 +60,6 @@ __global__ void __launch_bounds__(Plan<kHeadDim, kMode>::kThreads, 1)
 }
 
 template <class T, int kHeadDim, Mode kMode>
-bool Current<T, kHeadDim, kMode>::built() {
-  cudaFuncAttributes attributes;
-  if (cudaFuncGetAttributes(&attributes, current_kernel<T, kHeadDim, kMode>) != cudaSuccess) {
-    cudaGetLastError();  // not an error of the caller's
-    return false;
-  }
-  return attributes.numRegs > 64;  // elsewhere the kernel is empty
-}
-
-template <class T, int kHeadDim, Mode kMode>
 cudaError_t Current<T, kHeadDim, kMode>::launch(const CurrentParams& p, const CUtensorMap& map_q,
                                                 const CUtensorMap& map_k, const CUtensorMap& map_v,
                                                 const Schedule& schedule, unsigned grid, cudaStream_t stream) {

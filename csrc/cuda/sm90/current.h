@@ -29,8 +29,6 @@ struct Schedule {
 template <class T, int kHeadDim, Mode kMode>
 struct Current {
   static constexpr int kTileRows = Plan<kHeadDim, kMode>::kTileRows;
-  // Whether this build has the code, which exists for sm_90a only.
-  static bool built();
   static cudaError_t launch(const CurrentParams& p, const CUtensorMap& map_q, const CUtensorMap& map_k,
                             const CUtensorMap& map_v, const Schedule& schedule, unsigned grid, cudaStream_t stream);
 };

@@ -3,6 +3,7 @@
 // multiplied, and the two consumers take turns at the tensor cores.
 #pragma once
 
+#include "cuda/sm90/current.h"
 #include "cuda/sm90/current_exact.cuh"
 #include "cuda/sm90/current_merge.cuh"
 #include "cuda/sm90/current_plan.h"
@@ -69,9 +70,7 @@ struct Consumer {
     return named_barrier_any(kValuesBarrier + consumer, kWarpgroup, here);
   }
 
-  __device__ __forceinline__ uint32_t queries() const {
-    return shared_address(memory.queries[query.slot()][consumer]);
-  }
+  __device__ __forceinline__ uint32_t queries() const { return shared_address(memory.queries[query.slot()][consumer]); }
   __device__ __forceinline__ const Tile& next_tile() {
     mbarrier_wait(shared_address(&memory.query_full[query.slot()]), query.phase());
     return memory.tiles[query.count % P::kTiles];
@@ -170,19 +169,18 @@ struct Consumer {
         start(next->steps > 0);
       }
       rows.finish(scale);
-      if constexpr (kPast) merge(*tile, row0);
+      if constexpr (kPast) merge(row0);
       rows.template store<T>(p, *tile, consumer * kRows + row0);
       tile = kAhead ? next : &next_tile();
     }
     wgmma_wait<0>();
   }
 
-  __device__ __forceinline__ void merge(const Tile& tile, int row0) {
+  __device__ __forceinline__ void merge(int row0) {
     const int stages = memory.past.stages[consumer][stage.slot()].stages;
     for (int i = 0; i < max(stages, 1); ++i) {
       mbarrier_wait(shared_address(&memory.past.full[consumer][stage.slot()]), stage.phase());
-      const auto& from = memory.past.stages[consumer][stage.slot()];
-      if (stages > 0) merge_stage<T>(rows, from, i, row0, p, schedule, tile, consumer * kRows + row0, scale);
+      if (stages > 0) merge_stage<T>(rows, memory.past.stages[consumer][stage.slot()], row0);
       __syncwarp();
       arrive(&memory.past.empty[consumer][stage.slot()]);
       stage.advance();

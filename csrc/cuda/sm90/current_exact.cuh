@@ -36,15 +36,6 @@ __device__ __forceinline__ bool not_finite(const unsigned char* memory, int thre
   return ((a | b) & 0x7fff7fff) != 0;
 }
 
-template <class T>
-__device__ __forceinline__ float2 unpack(uint32_t pair) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
-  } else {
-    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-  }
-}
-
 // out += weights times values, as the products do, but without the terms that `visible` excludes. `key`: position of
 // the first of the values.
 template <class T, int kOut>

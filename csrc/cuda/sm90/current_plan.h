@@ -16,9 +16,9 @@ enum class Mode {
 
 constexpr int kWarpgroup = 128;
 
-constexpr int kRows = 64;  // of a consumer
+constexpr int kRows = 64;        // of a consumer
 constexpr int kGatherRows = 32;  // of a stage, gathered by one warp
-constexpr int kKeys = 128;  // of one product
+constexpr int kKeys = 128;       // of one product
 // Consumers take turns at the tensor cores in tiles of so many key tiles; in shorter ones they would only wait.
 constexpr int kTurnSteps = 3;
 
@@ -30,8 +30,8 @@ constexpr int kValuesBarrier = 4;
 // sequence.
 struct Tile {
   int32_t unit, row, rows;
-  int32_t position;  // of the first row
-  int32_t key;       // the first that any row sees: where the block of the first row begins
+  int32_t position;   // of the first row
+  int32_t key;        // the first that any row sees: where the block of the first row begins
   int32_t key_begin;  // of the sequence, in the unit
   int32_t steps;      // key tiles that hold all keys of the rows; 0: no more work
 };

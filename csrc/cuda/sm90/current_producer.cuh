@@ -2,6 +2,7 @@
 // consumer two warps gather the partial results of its rows by cp.async.
 #pragma once
 
+#include "cuda/sm90/current_merge.cuh"
 #include "cuda/sm90/current_tile.cuh"
 #include "cuda/sm90/ptx.cuh"
 #include "cuda/sm90/wgmma.cuh"
@@ -81,16 +82,12 @@ struct Loader {
   }
 };
 
-// Where 16 bytes of a partial result lie in its row of a stage: two neighbouring rows are read at a time.
-__device__ __forceinline__ int staged_part(int row, int part) { return part ^ ((row & 1) << 2); }
-
 // One warp: half of the rows of a consumer.
 template <class T, int kHeadDim, Mode kMode>
 struct Gatherer {
   using P = Plan<kHeadDim, kMode>;
   static constexpr int kRowBytes = kHeadDim * 2, kParts = kRowBytes / 16;  // a part a lane
   static constexpr int kRowsAtOnce = 32 / kParts, kAtOnce = kParts / 2;
-  static constexpr unsigned kAll = 0xffffffffu;
 
   const CurrentParams& p;
   const Schedule& schedule;
@@ -98,8 +95,6 @@ struct Gatherer {
   int consumer, half;
 
   Ring<P::kStages> ring;
-
-  __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
 
   // Of the rows of the consumer, one after the other.
   __device__ __forceinline__ const int32_t* positions_of(const Tile& tile) const {
@@ -118,15 +113,14 @@ struct Gatherer {
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const int row = row0 + i * kRowsAtOnce;
-        cp_async_16(to + row * kRowBytes + staged_part(row, part) * 16,
-                    from + static_cast<int64_t>(max(positions[i], 0)) * kRowBytes, positions[i] >= 0 ? 16 : 0);
+        cp_async_16_or_zero(to + row * kRowBytes + staged_part(row, part) * 16,
+                            from + static_cast<int64_t>(max(positions[i], 0)) * kRowBytes, positions[i] >= 0 ? 16 : 0);
       }
     }
   }
 
   __device__ __forceinline__ void gather(const Tile& tile) {
-    const int64_t first_entry =
-        (tile.unit - schedule.unit_begin) / schedule.heads_per_key_head * capacity(p.shape);
+    const int64_t first_entry = (tile.unit - schedule.unit_begin) / schedule.heads_per_key_head * capacity(p.shape);
     const char* partials = static_cast<const char*>(p.partials.out) + first_entry * kRowBytes + lane() % kParts * 16;
     const float* lses = p.partials.lse + first_entry;
     // A lane looks up one row of this half, and counts in the other half too, as a consumer has one number of stages.

@@ -53,6 +53,16 @@ struct Visible {
   }
 };
 
+// The inverse of pack.
+template <class T>
+__device__ __forceinline__ float2 unpack(uint32_t pair) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
+  } else {
+    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+  }
+}
+
 // Word j of lane i of each four lanes becomes word i of lane j.
 __device__ __forceinline__ void transpose(uint32_t (&words)[4]) {
   const bool odd = lane() & 1, high = lane() & 2;

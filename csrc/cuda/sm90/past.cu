@@ -1,11 +1,10 @@
 // Which past kernel takes a call, and the tensor maps and schedule it needs.
-#include <cudaTypedefs.h>
-
 #include <algorithm>
 
 #include "cuda/portable/numeric.cuh"
 #include "cuda/sm90/launch.h"
 #include "cuda/sm90/past.h"
+#include "cuda/sm90/tensor_map.h"
 
 namespace moba::cuda::sm90 {
 
@@ -16,48 +15,8 @@ namespace {
 constexpr int64_t kPassBytes = int64_t(20) << 20;
 constexpr int64_t kMaxPassUnits = 64;
 
-PFN_cuTensorMapEncodeTiled_v12000 encode_function() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult result;
-  const cudaError_t status =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-  if (status != cudaSuccess || result != cudaDriverEntryPointSuccess) {
-    cudaGetLastError();
-    return nullptr;
-  }
-  return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
-}
-
-// Keys or values as [group, head, key, column], in boxes of one panel of `keys` keys.
-cudaError_t make_map(CUtensorMap& map, const Source& source, const Shape& shape, int keys, Dtype dtype) {
-  static const PFN_cuTensorMapEncodeTiled_v12000 encode = encode_function();
-  if (encode == nullptr) return cudaErrorNotSupported;
-  const auto positive = [](int64_t count) { return static_cast<cuuint64_t>(count); };
-  const cuuint64_t sizes[4] = {positive(shape.head_dim), positive(shape.keys), positive(shape.heads_k),
-                               positive(shape.groups)};
-  // The stride of a dimension of one element is never used, but has to be valid.
-  const auto bytes = [&](int64_t count, int64_t stride) {
-    return static_cast<cuuint64_t>((count > 1 ? stride : shape.head_dim) * 2);
-  };
-  const cuuint64_t strides[3] = {bytes(shape.keys, source.row), bytes(shape.heads_k, source.head),
-                                 bytes(shape.groups, source.group)};
-  const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(keys), 1, 1};
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
-  const CUresult result =
-      encode(&map, dtype == Dtype::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
-             const_cast<void*>(source.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
-// Rows that start at 16 bytes, and strides that a tensor map can hold.
-bool regular(const Source& source, int64_t groups, int64_t heads, int64_t rows) {
-  const auto fits = [](int64_t count, int64_t stride) {
-    return count <= 1 || (stride > 0 && stride % 8 == 0 && stride < int64_t(1) << 38);
-  };
-  return reinterpret_cast<uintptr_t>(source.data) % 16 == 0 && fits(groups, source.group) && fits(heads, source.head) &&
-         fits(rows, source.row);
-}
+Extent rows_of(const Shape& shape) { return {shape.groups, shape.heads, shape.rows, shape.head_dim}; }
+Extent keys_of(const Shape& shape) { return {shape.groups, shape.heads_k, shape.keys, shape.head_dim}; }
 
 template <class F>
 auto with_kernel(const Shape& shape, Dtype dtype, F f) {
@@ -85,10 +44,7 @@ bool accepts(const Shape& shape, const Source& q, const Source& k, const Source&
     return false;
   }
   if (shape.keys > INT32_MAX - shape.block_size || shape.units() > INT32_MAX || q.row > INT32_MAX) return false;
-  if (!regular(q, shape.groups, shape.heads, shape.rows) || !regular(k, shape.groups, shape.heads_k, shape.keys) ||
-      !regular(v, shape.groups, shape.heads_k, shape.keys)) {
-    return false;
-  }
+  if (!regular(q, rows_of(shape)) || !regular(k, keys_of(shape)) || !regular(v, keys_of(shape))) return false;
   int device = 0, major = 0, minor = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
@@ -96,8 +52,7 @@ bool accepts(const Shape& shape, const Source& q, const Source& k, const Source&
     cudaGetLastError();
     return false;
   }
-  return major == 9 && minor == 0 &&
-         with_kernel(shape, dtype, [](auto past, int) { return decltype(past)::built(); });
+  return major == 9 && minor == 0 && with_kernel(shape, dtype, [](auto past, int) { return decltype(past)::built(); });
 }
 
 cudaError_t launch_past(const PastParams& p, Dtype dtype, cudaStream_t stream) {
@@ -120,9 +75,9 @@ cudaError_t launch_past(const PastParams& p, Dtype dtype, cudaStream_t stream) {
         .row_bytes = static_cast<uint32_t>(p.q.row * 2),
     };
     KeyMaps maps;
-    cudaError_t made = make_map(maps.k, p.k, shape, keys, dtype);
-    if (made == cudaSuccess) made = make_map(maps.v, p.v, shape, keys, dtype);
-    if (made == cudaSuccess) made = make_map(maps.last_v, p.v, shape, schedule.last_keys, dtype);
+    cudaError_t made = make_tensor_map(maps.k, p.k, keys_of(shape), keys, dtype);
+    if (made == cudaSuccess) made = make_tensor_map(maps.v, p.v, keys_of(shape), keys, dtype);
+    if (made == cudaSuccess) made = make_tensor_map(maps.last_v, p.v, keys_of(shape), schedule.last_keys, dtype);
     return made != cudaSuccess ? made
                                : decltype(past)::launch(p, maps, schedule, static_cast<unsigned>(processors), stream);
   });

@@ -1,7 +1,7 @@
-// Attention of gathered queries to the past blocks they chose, on Hopper: a producer warpgroup gathers queries (cp.async)
-// and loads keys and values (TMA), each consumer warpgroup multiplies tiles of 64 queries, with an online softmax over
-// the key tiles of larger blocks. Writes one partial output and lse per list entry, in list order. Every key of a past
-// block is visible to every query of its list.
+// Attention of gathered queries to the past blocks they chose, on Hopper: a producer warpgroup gathers queries
+// (cp.async) and loads keys and values (TMA), each consumer warpgroup multiplies tiles of 64 queries, with an online
+// softmax over the key tiles of larger blocks. Writes one partial output and lse per list entry, in list order. Every
+// key of a past block is visible to every query of its list.
 #pragma once
 
 #include "cuda/sm90/consumer.cuh"

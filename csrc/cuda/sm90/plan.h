@@ -15,12 +15,12 @@ static_assert(kRows == kListTile);
 
 // What gatherers and consumers have to know about a tile of queries.
 struct Tile {
-  uint32_t entry[kRows];  // beyond the end of the list: its last
-  const void* queries;    // row 0 of the first head of the group
-  int64_t first;          // first entry, in the partials
-  int32_t count;          // queries; streamed blocks: 0 where only the other consumer has a tile
-  int32_t item;           // resident blocks: counts the blocks that this CTA went through; negative: no more work
-  int32_t releases;       // resident blocks: how many of the consumers' releases to give after this tile
+  alignas(16) uint32_t entry[kRows];  // beyond the end of the list: its last
+  const void* queries;                // row 0 of the first head of the group
+  int64_t first;                      // first entry, in the partials
+  int32_t count;                      // queries; streamed blocks: 0 where only the other consumer has a tile
+  int32_t item;      // resident blocks: counts the blocks that this CTA went through; negative: no more work
+  int32_t releases;  // resident blocks: how many of the consumers' releases to give after this tile
 };
 
 // kKeys: keys of one product. Blocks of up to kKeys are resident: loaded once and used for many tiles of queries.

@@ -26,8 +26,8 @@ struct Producer {
   __device__ __forceinline__ int lane() const { return threadIdx.x % 32; }
 
   // entries: of the tile, with at least one; the rest of `tile` comes with it.
-  __device__ __forceinline__ void push(Ring<P::kTileSlots>& ring, const uint32_t* entries, int last, const void* queries,
-                                       int64_t first, int count, int item, int releases) {
+  __device__ __forceinline__ void push(Ring<P::kTileSlots>& ring, const uint32_t* entries, int last,
+                                       const void* queries, int64_t first, int count, int item, int releases) {
     Tile& to = memory.tiles[ring.slot];
     const uint32_t full = shared_address(&memory.tile_full[ring.slot]);
     mbarrier_wait(shared_address(&memory.tile_empty[ring.slot]), ring.phase ^ 1);
@@ -98,30 +98,48 @@ struct Producer {
     __syncwarp();
   }
 
-  // A row is copied in 16-byte parts, one a lane; so a warp copies one or more rows at a time.
+  // A row is copied in 16-byte parts, one a lane. Lanes that share a row go through kEach rows that lie together, so
+  // that they read their entries 16 bytes at a time, before the first copy.
   __device__ __forceinline__ void gather() {
-    constexpr int kParts = kHeadDim / 8, kWarpRows = 32 / kParts, kRowsAtOnce = kGatherers * kWarpRows;
-    const int part = lane() % kParts, first_row = (threadIdx.x / 32 - 2) * kWarpRows + lane() / kParts;
-    const uint32_t panel = part / 8 * (kRows * kPanelRowBytes);
+    constexpr int kParts = kHeadDim / 8, kEach = kRows * kParts / (32 * kGatherers);
+    const int part = lane() % kParts, first_row = (threadIdx.x - 32 * (4 - kGatherers)) / kParts * kEach;
+    const uint32_t place = part / 8 * (kRows * kPanelRowBytes) + first_row * kPanelRowBytes + part % 8 * 16;
+    const int64_t head_bytes = p.q.head * 2;
     Ring<P::kTileSlots> ring;
     Ring<P::kQuerySlots> query;
     for (int stops = 0; stops < P::kConsumers; ring.advance(), query.advance()) {
       const Tile& tile = memory.tiles[ring.slot];
       const uint32_t full = shared_address(&memory.query_full[query.slot]);
       mbarrier_wait(shared_address(&memory.tile_full[ring.slot]), ring.phase);
-      mbarrier_wait(shared_address(&memory.query_empty[query.slot]), query.phase ^ 1);
       if (tile.item >= 0) {
-        const char* queries = static_cast<const char*>(tile.queries) + part * 16;
-        const uint32_t to = shared_address(memory.queries[query.slot]) + panel;
+        uint32_t entries[kEach];
 #pragma unroll
-        for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
-          const int row = first_row + i * kRowsAtOnce;
-          const uint32_t entry = tile.entry[row];
-          const char* from = queries + static_cast<uint64_t>(entry & (kMaxRows - 1)) * schedule.row_bytes;
-          if (schedule.group > 1) from += static_cast<int64_t>(entry >> kRowBits) * p.q.head * 2;
-          cp_async_16(to + swizzled(row, part % 8), from);
+        for (int i = 0; i < kEach; i += 4) {
+          const uint4 four = *reinterpret_cast<const uint4*>(tile.entry + first_row + i);
+          entries[i] = four.x;
+          entries[i + 1] = four.y;
+          entries[i + 2] = four.z;
+          entries[i + 3] = four.w;
+        }
+        const char* queries = static_cast<const char*>(tile.queries) + part * 16;
+        const uint32_t to = shared_address(memory.queries[query.slot]) + place;
+        mbarrier_wait(shared_address(&memory.query_empty[query.slot]), query.phase ^ 1);
+        const auto copy = [&](auto grouped) {
+#pragma unroll
+          for (int i = 0; i < kEach; ++i) {
+            const uint32_t row = grouped.value ? entries[i] & (kMaxRows - 1) : entries[i];
+            const char* from = queries + static_cast<uint64_t>(row) * schedule.row_bytes;
+            if (grouped.value) from += (entries[i] >> kRowBits) * head_bytes;
+            cp_async_16((to ^ i % 8 * 16) + i * kPanelRowBytes, from);  // see swizzled
+          }
+        };
+        if (schedule.group > 1) {
+          copy(std::true_type());
+        } else {
+          copy(std::false_type());
         }
       } else {
+        mbarrier_wait(shared_address(&memory.query_empty[query.slot]), query.phase ^ 1);
         ++stops;
       }
       cp_async_mbarrier_arrive(full);

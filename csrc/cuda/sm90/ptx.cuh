@@ -42,6 +42,10 @@ __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from) {
 __device__ __forceinline__ void cp_async_4(uint32_t to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
+// 16 bytes, of which the first `bytes` are read and the rest become zero.
+__device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
 // Arrives when the copies that this thread has issued are complete; the barrier's count includes it.
 __device__ __forceinline__ void cp_async_mbarrier_arrive(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
@@ -100,6 +104,11 @@ __device__ __forceinline__ void store_streaming(void* to, uint32_t a, uint32_t b
   asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
+// 16 bytes, of which the first `bytes` are read and the rest become zero.
+__device__ __forceinline__ void cp_async_16_or_zero(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
 // Address and size are multiples of 16.
 __device__ __forceinline__ void bulk_prefetch_l2(const void* from, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
@@ -147,10 +156,16 @@ __device__ __forceinline__ void store_matrices(uint32_t to, uint32_t a, uint32_t
                : "memory");
 }
 
-// Adds 16 bytes of float in memory; the order among threads is open.
-__device__ __forceinline__ void add_in_memory(float* to, float a, float b, float c, float d) {
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d)
-               : "memory");
+// Adds 16 bytes of float in memory, if `really`; the order among threads is open.
+__device__ __forceinline__ void add_in_memory(float* to, float a, float b, float c, float d, bool really) {
+  asm volatile(
+      "{\n"
+      ".reg .pred really;\n"
+      "setp.ne.b32 really, %5, 0;\n"
+      "@really red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n"
+      "}" ::"l"(to),
+      "f"(a), "f"(b), "f"(c), "f"(d), "r"(static_cast<int>(really))
+      : "memory");
 }
 
 }  // namespace moba::cuda::sm90

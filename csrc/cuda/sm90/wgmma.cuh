@@ -74,12 +74,12 @@ __device__ __forceinline__ void settle(uint32_t (&registers)[kCount]) {
 #define MOBA_INOUT_64(d, i) MOBA_INOUT_32(d, i), MOBA_INOUT_32(d, i + 32)
 
 // COUNT registers hold N = 2 COUNT columns; the operands after them are numbered from COUNT on.
-#define MOBA_WGMMA_SHARED(N, COUNT, TYPE, D, A, B, P)                                                               \
+#define MOBA_WGMMA_SHARED(N, COUNT, TYPE, D, A, B, P)                                                            \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\nwgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE \
                "." TYPE " {" MOBA_REGISTERS_##COUNT "}, " A ", " B ", p, 1, 1, 0, 0;\n}"                         \
-               : D##_##COUNT(d, 0)                                                                        \
+               : D##_##COUNT(d, 0)                                                                               \
                : "l"(a), "l"(b), "r"(accumulate))
-#define MOBA_WGMMA_REGISTERS(N, COUNT, TYPE, D, A0, A1, A2, A3, B, P)                                             \
+#define MOBA_WGMMA_REGISTERS(N, COUNT, TYPE, D, A0, A1, A2, A3, B, P)                                            \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\nwgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE \
                "." TYPE " {" MOBA_REGISTERS_##COUNT "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", p, 1, 1, 1;\n}" \
                : D##_##COUNT(d, 0)                                                                               \
@@ -87,44 +87,44 @@ __device__ __forceinline__ void settle(uint32_t (&registers)[kCount]) {
 
 // d (+)= A B: A [64, 16] and B [N, 16] in shared memory, both contiguous along the 16. The first product of a sum (..
 // _first, accumulate = 0) says that the registers held nothing, which an operand that is read and written would keep.
-#define MOBA_DEFINE_WGMMA_SHARED(NAME, D) \
-  template <class T> \
-  __device__ __forceinline__ void NAME(float (&d)[64], uint64_t a, uint64_t b, int accumulate) { \
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) { \
-      MOBA_WGMMA_SHARED("128", 64, "bf16", D, "%64", "%65", "%66"); \
-    } else { \
-      MOBA_WGMMA_SHARED("128", 64, "f16", D, "%64", "%65", "%66"); \
-    } \
-  } \
-  template <class T> \
-  __device__ __forceinline__ void NAME(float (&d)[32], uint64_t a, uint64_t b, int accumulate) { \
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) { \
-      MOBA_WGMMA_SHARED("64", 32, "bf16", D, "%32", "%33", "%34"); \
-    } else { \
-      MOBA_WGMMA_SHARED("64", 32, "f16", D, "%32", "%33", "%34"); \
-    } \
+#define MOBA_DEFINE_WGMMA_SHARED(NAME, D)                                                       \
+  template <class T>                                                                            \
+  __device__ __forceinline__ void NAME(float(&d)[64], uint64_t a, uint64_t b, int accumulate) { \
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {                                           \
+      MOBA_WGMMA_SHARED("128", 64, "bf16", D, "%64", "%65", "%66");                             \
+    } else {                                                                                    \
+      MOBA_WGMMA_SHARED("128", 64, "f16", D, "%64", "%65", "%66");                              \
+    }                                                                                           \
+  }                                                                                             \
+  template <class T>                                                                            \
+  __device__ __forceinline__ void NAME(float(&d)[32], uint64_t a, uint64_t b, int accumulate) { \
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {                                           \
+      MOBA_WGMMA_SHARED("64", 32, "bf16", D, "%32", "%33", "%34");                              \
+    } else {                                                                                    \
+      MOBA_WGMMA_SHARED("64", 32, "f16", D, "%32", "%33", "%34");                               \
+    }                                                                                           \
   }
 MOBA_DEFINE_WGMMA_SHARED(wgmma_shared, MOBA_INOUT)
 MOBA_DEFINE_WGMMA_SHARED(wgmma_shared_first, MOBA_OUT)
 #undef MOBA_DEFINE_WGMMA_SHARED
 
 // d (+)= A B: A [64, 16] in registers, B [16, N] in shared memory, contiguous along N.
-#define MOBA_DEFINE_WGMMA_REGISTERS(NAME, D) \
-  template <class T> \
-  __device__ __forceinline__ void NAME(float (&d)[64], const uint32_t* a, uint64_t b, int accumulate) { \
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) { \
-      MOBA_WGMMA_REGISTERS("128", 64, "bf16", D, "%64", "%65", "%66", "%67", "%68", "%69"); \
-    } else { \
-      MOBA_WGMMA_REGISTERS("128", 64, "f16", D, "%64", "%65", "%66", "%67", "%68", "%69"); \
-    } \
-  } \
-  template <class T> \
-  __device__ __forceinline__ void NAME(float (&d)[32], const uint32_t* a, uint64_t b, int accumulate) { \
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) { \
-      MOBA_WGMMA_REGISTERS("64", 32, "bf16", D, "%32", "%33", "%34", "%35", "%36", "%37"); \
-    } else { \
-      MOBA_WGMMA_REGISTERS("64", 32, "f16", D, "%32", "%33", "%34", "%35", "%36", "%37"); \
-    } \
+#define MOBA_DEFINE_WGMMA_REGISTERS(NAME, D)                                                           \
+  template <class T>                                                                                   \
+  __device__ __forceinline__ void NAME(float(&d)[64], const uint32_t* a, uint64_t b, int accumulate) { \
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {                                                  \
+      MOBA_WGMMA_REGISTERS("128", 64, "bf16", D, "%64", "%65", "%66", "%67", "%68", "%69");            \
+    } else {                                                                                           \
+      MOBA_WGMMA_REGISTERS("128", 64, "f16", D, "%64", "%65", "%66", "%67", "%68", "%69");             \
+    }                                                                                                  \
+  }                                                                                                    \
+  template <class T>                                                                                   \
+  __device__ __forceinline__ void NAME(float(&d)[32], const uint32_t* a, uint64_t b, int accumulate) { \
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {                                                  \
+      MOBA_WGMMA_REGISTERS("64", 32, "bf16", D, "%32", "%33", "%34", "%35", "%36", "%37");             \
+    } else {                                                                                           \
+      MOBA_WGMMA_REGISTERS("64", 32, "f16", D, "%32", "%33", "%34", "%35", "%36", "%37");              \
+    }                                                                                                  \
   }
 MOBA_DEFINE_WGMMA_REGISTERS(wgmma_registers, MOBA_INOUT)
 MOBA_DEFINE_WGMMA_REGISTERS(wgmma_registers_first, MOBA_OUT)

@@ -64,7 +64,9 @@ pub fn build(data: &[std::path::PathBuf], vocab_size: usize, out: &Path) -> Resu
         vocab_size: tokens.vocab_size() as i64,
         bytes_per_token: bytes as f64 / count as f64,
     };
-    Corpus { identity, train, held_out }.write(out, &json).with_context(|| format!("cannot write {}", out.display()))?;
+    Corpus { identity, train, held_out }
+        .write(out, &json)
+        .with_context(|| format!("cannot write {}", out.display()))?;
     println!(
         "tokens: {:.1} M of {:.2} bytes, {:.0} % of them in documents of 32K tokens and more; {}",
         count as f64 / 1e6,

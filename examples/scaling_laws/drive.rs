@@ -147,7 +147,14 @@ impl Sweeper<'_> {
             }
             if stop || saved.elapsed() >= self.limits.checkpoint {
                 let State { step, .. } = trainer.state;
-                checkpoint::save(&checkpoints, step, &trainer.state, trainer.config(), &trainer.vs, &trainer.optimizer)?;
+                checkpoint::save(
+                    &checkpoints,
+                    step,
+                    &trainer.state,
+                    trainer.config(),
+                    &trainer.vs,
+                    &trainer.optimizer,
+                )?;
                 saved = Instant::now();
             }
             if stop {

@@ -9,23 +9,47 @@
 //! `run` may be stopped at any time; the same command goes on. `speed` measures how fast one size trains. The sweep files
 //! beside this program are examples: `miniature.toml` for a CPU, `h100.toml` for one GPU.
 
+mod axes;
 mod batches;
+mod charts;
 #[path = "../common/checkpoint.rs"]
 mod checkpoint;
+mod command;
 mod compute;
 mod corpus;
 #[path = "../common/device.rs"]
 mod device;
 mod drive;
 mod environment;
+mod fit;
+mod law;
 #[path = "../common/optimizer.rs"]
 mod optimizer;
+mod plan;
 mod progress;
 mod records;
+mod speed;
+mod svg;
 mod sweep;
 #[path = "../common/text.rs"]
 mod text;
 mod tokenizer;
 mod train;
 
-fn main() {}
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .with_writer(std::io::stderr)
+        .init();
+    match command::Command::parse().run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -115,7 +115,11 @@ impl Sweep {
             for name in &context.sizes {
                 let Some(size) = self.sizes.iter().find(|size| size.name == *name) else {
                     let known: Vec<_> = self.sizes.iter().map(|size| size.name.as_str()).collect();
-                    bail!("the context of {} tokens names the size {name:?}; known: {}", context.seqlen, known.join(", "));
+                    bail!(
+                        "the context of {} tokens names the size {name:?}; known: {}",
+                        context.seqlen,
+                        known.join(", ")
+                    );
                 };
                 for policy in &context.policies {
                     for &seed in &context.seeds {
@@ -174,7 +178,11 @@ impl Run {
         {
             ensure!(value.is_finite() && value > 0.0, "{name} must be positive, got {value}");
         }
-        ensure!((0.0..1.0).contains(&recipe.warmup), "warmup must be a share of the run below 1, got {}", recipe.warmup);
+        ensure!(
+            (0.0..1.0).contains(&recipe.warmup),
+            "warmup must be a share of the run below 1, got {}",
+            recipe.warmup
+        );
         ensure!(
             recipe.weight_decay.is_finite() && recipe.weight_decay >= 0.0,
             "weight_decay must not be negative, got {}",

@@ -57,9 +57,7 @@ impl<'a> Trainer<'a> {
         let model = Llama::new(vs.root(), &run.llama(corpus.identity.vocab_size))?;
         // A CPU gains nothing from bfloat16, and the small models of a trial lose by it.
         let optimizer = match device {
-            Device::Cuda(_) => {
-                AdamW::with_master_weights(&mut vs, Kind::BFloat16, recipe.weight_decay, recipe.clip)
-            }
+            Device::Cuda(_) => AdamW::with_master_weights(&mut vs, Kind::BFloat16, recipe.weight_decay, recipe.clip),
             _ => AdamW::new(&vs, recipe.weight_decay, recipe.clip),
         };
         let held_out = |tokens| HeldOut::new(corpus, seqlen, tokens, pass, device);
@@ -112,10 +110,16 @@ impl<'a> Trainer<'a> {
             self.optimizer.accumulate()?;
             self.losses = self.losses.f_add(&share.detach())?;
         }
-        self.optimizer.step(run.lr(state.step))?;
+        let _norm = self.optimizer.step(run.lr(state.step))?;
         self.summed += 1;
         self.state.step += 1;
         self.state.operations += operations(run, self.model.config(), &self.model.kinds(Step::train(progress)));
+        Ok(())
+    }
+
+    /// Waits until the device has done all updates.
+    pub fn wait(&self) -> Result<()> {
+        f64::try_from(&self.losses)?;
         Ok(())
     }
 
@@ -164,11 +168,9 @@ impl<'a> Trainer<'a> {
                 let batch = batch?;
                 let losses = self.loss(&batch, step, Reduction::None)?;
                 let binned = losses.f_view([batch.size()[0], POSITION_BINS as i64, -1])?;
-                sum = sum.f_add(&binned.f_to_kind(Kind::Double)?.f_mean_dim(2, false, None)?.f_sum_dim_intlist(
-                    0,
-                    false,
-                    None,
-                )?)?;
+                sum = sum.f_add(
+                    &binned.f_to_kind(Kind::Double)?.f_mean_dim(2, false, None)?.f_sum_dim_intlist(0, false, None)?,
+                )?;
                 rows += batch.size()[0];
             }
             Ok(Vec::<f64>::try_from(sum.f_div_scalar(rows as f64)?.to_device(Device::Cpu))?)
@@ -232,7 +234,7 @@ mod tests {
                     optimizer.accumulate().unwrap();
                 }
                 // Far below what bfloat16 weights could take up.
-                optimizer.step(1e-5).unwrap();
+                let _norm = optimizer.step(1e-5).unwrap();
             }
             let kind = weight.kind();
             let state = optimizer.state();

@@ -13,8 +13,7 @@ use tch::{Device, Kind, Tensor, nn};
 use tch_moba::{AttentionKind, Step, autocast, llama::Llama};
 
 use crate::{
-    chart,
-    checkpoint,
+    chart, checkpoint,
     config::{Args, RunConfig},
     corpus::{Corpus, Windows},
     metrics::{Metrics, Record},

@@ -79,7 +79,8 @@ impl AdamW {
     }
 
     pub fn zero_grad(&self) -> Result<()> {
-        for group in &self.groups {
+        // Master weights have their gradients moved away after each backward pass.
+        for group in self.groups.iter().filter(|group| group.master.is_none()) {
             let defined: Vec<Tensor> = group.gradients().into_iter().filter(Tensor::defined).collect();
             // Before the first backward pass there are none, and libtorch refuses an empty list.
             if !defined.is_empty() {

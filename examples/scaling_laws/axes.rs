@@ -11,6 +11,8 @@ pub struct Scale {
     pub low: f64,
     pub high: f64,
     pub log: bool,
+    /// Between the marks of a linear scale; by default a round number.
+    pub step: Option<f64>,
 }
 
 pub struct Panel {
@@ -52,7 +54,7 @@ impl Scale {
         let decade = 10f64.powf(rough.log10().floor());
         let step =
             [1.0, 2.0, 2.5, 5.0, 10.0].into_iter().map(|factor| factor * decade).find(|&step| step >= rough * 0.8);
-        let step = step.unwrap_or(rough);
+        let step = self.step.or(step).unwrap_or(rough);
         let digits = (0..6).find(|&digits| {
             let scaled = step * 10f64.powi(digits);
             (scaled - scaled.round()).abs() < 1e-6
@@ -118,7 +120,12 @@ mod tests {
     #[test]
     fn ticks_are_round_and_inside() {
         let labels = |low, high, log| -> Vec<String> {
-            Scale { low, high, log }.ticks().into_iter().map(|tick| tick.1).filter(|label| !label.is_empty()).collect()
+            Scale { low, high, log, step: None }
+                .ticks()
+                .into_iter()
+                .map(|tick| tick.1)
+                .filter(|label| !label.is_empty())
+                .collect()
         };
         assert_eq!(labels(0.0, 8192.0, false), ["0", "2000", "4000", "6000", "8000"]);
         assert_eq!(labels(2.9, 4.6, true), ["3.0", "3.5", "4.0", "4.5"]);
@@ -128,7 +135,7 @@ mod tests {
 
     #[test]
     fn corners_are_corners() {
-        let scale = |log| Scale { low: 1.0, high: 100.0, log };
+        let scale = |log| Scale { low: 1.0, high: 100.0, log, step: None };
         let panel = Panel { corner: (10.0, 20.0), size: (200.0, 100.0), x: scale(true), y: scale(false) };
         assert_eq!(panel.place((1.0, 1.0)), (10.0, 120.0));
         assert_eq!(panel.place((100.0, 100.0)), (210.0, 20.0));

@@ -120,7 +120,7 @@ fn against_compute(runs: &[Finished], seqlen: i64, loss: Loss) -> Svg {
             legend.push((runs, Stroke { width: 1.1, ..stroke(look) }, Some((look.marker, look.colour))));
         }
         ends(&mut svg, &panel, &groups, loss, compute);
-        key(&mut svg, &panel, &legend);
+        key(&mut svg, &panel, Place::LowerLeft, &legend);
     }
     svg
 }
@@ -135,9 +135,14 @@ fn compute_panel(groups: &[&[&Finished]], loss: Loss, compute: Compute, corner: 
     let least = |value: fn(&Point) -> f64| ends.iter().map(value).fold(f64::INFINITY, f64::min);
     let most = |value: fn(&Point) -> f64| ends.iter().map(value).fold(f64::MIN_POSITIVE, f64::max);
     let (low, high) = (least(|end| end.loss), most(|end| end.loss));
-    // Room for the legend above the curves, and for the steep beginnings of the runs.
-    let y = Scale { low: low * 0.96, high: high * (high / low).powf(0.8).max(1.25), log: true };
-    let x = Scale { low: least(|end| end.compute) / 8.0, high: most(|end| end.compute) * 2.5, log: true };
+    // Room for the legend below the curves, and for the steep beginnings of the runs.
+    let y = Scale {
+        low: low * (low / high).powf(0.25).min(0.93),
+        high: high * (high / low).powf(0.5).max(1.15),
+        log: true,
+        step: None,
+    };
+    let x = Scale { low: least(|end| end.compute) / 8.0, high: most(|end| end.compute) * 2.5, log: true, step: None };
     Panel { corner, size: (WIDTH, HEIGHT), x, y }
 }
 
@@ -160,7 +165,7 @@ fn projection(svg: &mut Svg, panel: &Panel, fit: &Fit, look: Look) {
     svg.line(&points, Stroke { width: 3.2, dash, opacity: 0.9, ..stroke(look) });
 }
 
-/// The ends of the runs, and their sizes below those of the first seed of full attention or MoBA, whichever is lower.
+/// The ends of the runs, and beside those of MoBA their sizes.
 fn ends(svg: &mut Svg, panel: &Panel, groups: &[(Vec<&Finished>, HybridPolicy); 2], loss: Loss, compute: Compute) {
     for (runs, policy) in groups.iter().rev() {
         let look = look(policy, &[]);
@@ -175,19 +180,32 @@ fn ends(svg: &mut Svg, panel: &Panel, groups: &[(Vec<&Finished>, HybridPolicy); 
         if !named.contains(&size.as_str()) {
             named.push(size);
             let (x, y) = panel.place((compute.of(run.last()), loss.of(run.last())));
-            svg.text((x, y + 19.0), Type { size: 11.5, colour: "#444444", ..LABEL }, size);
+            let style = Type { size: 11.5, anchor: "end", colour: "#444444", ..LABEL };
+            svg.text((x - 7.0, y + 13.0), style, size);
         }
     }
 }
 
 type Entry = (String, Stroke, Option<(Marker, &'static str)>);
 
-/// The legend in the upper right corner.
-fn key(svg: &mut Svg, panel: &Panel, entries: &[Entry]) {
-    let ((left, top), (width, _)) = (panel.corner, panel.size);
-    let size = (282.0, 12.0 + 20.0 * entries.len() as f64);
-    let corner = (left + width - size.0 - 8.0, top + 8.0);
-    svg.rectangle(corner, size, "#ffffff", 0.88);
+/// Where curves that fall leave room.
+#[derive(Clone, Copy, PartialEq)]
+enum Place {
+    LowerLeft,
+    UpperRight,
+}
+
+/// The legend.
+fn key(svg: &mut Svg, panel: &Panel, place: Place, entries: &[Entry]) {
+    let ((left, top), (width, height)) = (panel.corner, panel.size);
+    // A letter is about half as wide as high.
+    let letters = entries.iter().map(|(text, ..)| text.chars().filter(|letter| !"^{}".contains(*letter)).count()).max();
+    let size = (68.0 + 0.51 * LABEL.size * letters.unwrap_or(0) as f64, 12.0 + 20.0 * entries.len() as f64);
+    let corner = match place {
+        Place::LowerLeft => (left + 8.0, top + height - size.1 - 8.0),
+        Place::UpperRight => (left + width - size.0 - 8.0, top + 8.0),
+    };
+    svg.rectangle(corner, size, "#ffffff", 0.92);
     for (index, (text, stroke, marker)) in entries.iter().enumerate() {
         let y = corner.1 + 18.0 + 20.0 * index as f64;
         svg.line(&[(corner.0 + 8.0, y - 4.5), (corner.0 + 46.0, y - 4.5)], *stroke);
@@ -212,6 +230,7 @@ fn positions(runs: &[Finished], seqlen: i64) -> Option<Svg> {
             policies.push(&run.header.run.policy);
         }
     }
+    policies.sort_by_key(|policy| compared().iter().position(|other| other == *policy).unwrap_or(usize::MAX));
     let hybrids: Vec<HybridPolicy> =
         policies.iter().filter(|policy| !compared().contains(policy)).map(|&policy| policy.clone()).collect();
     let mean = |policy: &HybridPolicy| -> Vec<f64> {
@@ -221,7 +240,9 @@ fn positions(runs: &[Finished], seqlen: i64) -> Option<Svg> {
             .collect()
     };
     let full = policies.contains(&&HybridPolicy::Full).then(|| mean(&HybridPolicy::Full))?;
-    let middle = |bin: usize| (bin as f64 + 0.5) * seqlen as f64 / POSITION_BINS as f64;
+    let (unit, unit_name) = if seqlen >= 4096 { (1024.0, "K tokens") } else { (1.0, "tokens") };
+    let end = seqlen as f64 / unit;
+    let middle = |bin: usize| (bin as f64 + 0.5) * end / POSITION_BINS as f64;
     let losses = |values: Vec<f64>| -> Vec<(f64, f64)> {
         values.into_iter().enumerate().map(|(bin, loss)| (middle(bin), loss)).collect()
     };
@@ -244,12 +265,10 @@ fn positions(runs: &[Finished], seqlen: i64) -> Option<Svg> {
         let values = || lines.iter().flat_map(|line| line.2.iter().map(|point| point.1));
         let (low, high) = (values().fold(f64::INFINITY, f64::min), values().fold(f64::NEG_INFINITY, f64::max));
         let room = (high - low).max(1e-6);
-        // The legend stands in the left panel only.
-        let above = if index == 0 { 0.12 } else { 0.15 };
-        let y = Scale { low: low - 0.1 * room, high: high + above * room, log: false };
-        let x = Scale { low: 0.0, high: seqlen as f64, log: false };
+        let y = Scale { low: low - 0.1 * room, high: high + 0.12 * room, log: false, step: None };
+        let x = Scale { low: 0.0, high: end, log: false, step: Some(end / 4.0) };
         let panel = Panel { corner: corner(index), size: (WIDTH, HEIGHT), x, y };
-        panel.draw(&mut svg, &title, "position in the sequence, tokens", label);
+        panel.draw(&mut svg, &title, &format!("position in the sequence, {unit_name}"), label);
         panel.inside(&mut svg, |svg| {
             for (_, look, line) in lines {
                 let points: Vec<_> = line.iter().map(|&point| panel.place(point)).collect();
@@ -264,7 +283,7 @@ fn positions(runs: &[Finished], seqlen: i64) -> Option<Svg> {
                 .iter()
                 .map(|(name, look, _)| (name.clone(), stroke(*look), Some((look.marker, look.colour))))
                 .collect();
-            key(&mut svg, &panel, &entries);
+            key(&mut svg, &panel, Place::UpperRight, &entries);
         }
     }
     Some(svg)

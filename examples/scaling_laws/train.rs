@@ -19,9 +19,6 @@ use crate::{
     sweep::Run,
 };
 
-/// A measurement on the way uses one in so many of the held-out tokens; the last uses all.
-const ON_THE_WAY: u64 = 4;
-
 /// Where a run stands, and what its records need from before.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct State {
@@ -39,8 +36,7 @@ pub struct Trainer<'a> {
     model: Llama,
     pub optimizer: AdamW,
     training: Training,
-    on_the_way: HeldOut,
-    at_the_end: HeldOut,
+    held_out: HeldOut,
     pub state: State,
     /// Sum of the losses since the last record; stays on the device.
     losses: Tensor,
@@ -60,7 +56,6 @@ impl<'a> Trainer<'a> {
             Device::Cuda(_) => AdamW::with_master_weights(&mut vs, Kind::BFloat16, recipe.weight_decay, recipe.clip),
             _ => AdamW::new(&vs, recipe.weight_decay, recipe.clip),
         };
-        let held_out = |tokens| HeldOut::new(corpus, seqlen, tokens, pass, device);
         Ok(Self {
             run,
             steps,
@@ -68,8 +63,7 @@ impl<'a> Trainer<'a> {
             model,
             optimizer,
             training: Training::new(corpus, seqlen, rows, steps, seed, device)?,
-            on_the_way: held_out(held_out_tokens / ON_THE_WAY)?,
-            at_the_end: held_out(held_out_tokens)?,
+            held_out: HeldOut::new(corpus, seqlen, held_out_tokens, pass, device)?,
             state: State { step: 0, operations: 0.0, seconds: 0.0 },
             losses: Tensor::zeros([], (Kind::Float, device)),
             summed: 0,
@@ -159,12 +153,11 @@ impl<'a> Trainer<'a> {
 
     /// The held-out loss in equal parts of the sequence.
     fn positions(&self) -> Result<Vec<f64>> {
-        let held_out = if self.done() { &self.at_the_end } else { &self.on_the_way };
         let step = Step::prefill(self.state.step as f64 / self.steps as f64);
         tch::no_grad(|| {
             let mut sum = Tensor::zeros([POSITION_BINS as i64], (Kind::Double, self.losses.device()));
             let mut rows = 0;
-            for batch in held_out.batches() {
+            for batch in self.held_out.batches() {
                 let batch = batch?;
                 let losses = self.loss(&batch, step, Reduction::None)?;
                 let binned = losses.f_view([batch.size()[0], POSITION_BINS as i64, -1])?;

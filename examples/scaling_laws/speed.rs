@@ -32,7 +32,7 @@ pub fn measure(sweep: &Sweep, options: &Options<'_>) -> Result<()> {
     let Options { device, updates, vocab_size, .. } = *options;
     let peak = product_rate(device)?;
     println!("{}, commit {}", environment::device(device), environment::commit()?);
-    println!("matrix product: {:.1} TFLOP/s", peak / 1e12);
+    println!("matrix product: {:.2} TFLOP/s", peak / 1e12);
     println!("| run | ms an update | tokens an update | tokens/s | TFLOP/s | of the product |");
     println!("|---|---|---|---|---|---|");
     let mut corpus = None;
@@ -57,7 +57,7 @@ pub fn measure(sweep: &Sweep, options: &Options<'_>) -> Result<()> {
         })?;
         let rate = work(&run, vocab_size) / run.steps() as f64 / seconds;
         println!(
-            "| {} | {:.1} | {} | {:.0} | {:.1} | {:.1} % |",
+            "| {} | {:.1} | {} | {:.0} | {:.2} | {:.1} % |",
             run.name(),
             1e3 * seconds,
             run.tokens_per_step(),

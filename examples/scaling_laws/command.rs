@@ -167,7 +167,7 @@ fn fit_and_draw(folder: &Path, out: &Path) -> Result<()> {
     for chart in charts::draw(&runs, out)? {
         files.extend(["svg", "png"].map(|extension| chart.with_extension(extension)));
     }
-    print!("{tables}\n");
+    println!("{tables}");
     for file in files {
         println!("{}", file.display());
     }

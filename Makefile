@@ -66,6 +66,7 @@ scaling: tools libtorch ## loss against compute, MoBA beside full attention: a m
 .PHONY: corpus
 corpus: tools libtorch ## the text of docs/scaling.md (from Debian) and its tokens: target/corpus
 	@scripts/corpus target/corpus
+	@echo "corpus: tokens (building scaling_laws takes minutes the first time)"
 	@cargo run --quiet --release --example scaling_laws -- corpus --data target/corpus/text --vocab 4096 \
 	  --out target/corpus/corpus.safetensors
 	@scripts/pack target/corpus/corpus.safetensors

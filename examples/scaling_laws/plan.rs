@@ -54,3 +54,23 @@ fn span(runs: &[Run], vocab_size: i64) -> String {
     };
     lengths.into_iter().map(line).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sweep::Sweep;
+
+    #[test]
+    fn the_sum_is_that_of_the_runs() {
+        let runs = Sweep::parse(include_str!("miniature.toml")).unwrap().runs().unwrap();
+        let text = table(&runs, 512, Some(1e9));
+        let seconds = |line: &str| -> f64 {
+            line.rsplit('|').nth(1).unwrap().trim().strip_suffix(" s").unwrap().parse().unwrap()
+        };
+        let lines: Vec<&str> = text.lines().skip(2).collect();
+        let of_runs: f64 = lines[..runs.len()].iter().map(|line| seconds(line)).sum();
+        let sum = seconds(lines[runs.len()]);
+        assert!((sum - of_runs).abs() <= 0.5 * runs.len() as f64, "{sum} and {of_runs}");
+        assert!(text.ends_with("512 tokens: 6ND over 1.80 decades\n2048 tokens: 6ND over 0.00 decades\n"), "{text}");
+    }
+}

@@ -40,7 +40,7 @@ pub fn chart(runs: &[Finished], seqlen: i64, loss: Loss) -> Svg {
         });
         ends(&mut svg, &panel, &groups, loss, compute);
     }
-    legend(&mut svg, &entries(&groups));
+    legend(&mut svg, &entries(&groups, loss));
     svg
 }
 
@@ -54,7 +54,10 @@ fn scales(groups: &Groups<'_>, loss: Loss, compute: Compute) -> (Scale, Scale) {
     let (low, high) = (least(|end| end.loss), most(|end| end.loss));
     // Room for the steep beginnings of the runs.
     let y = Scale { low: low * 0.95, high: high * (high / low).powf(0.5).max(1.15), log: true, step: None };
-    let x = Scale { low: least(|end| end.compute) / 5.0, high: most(|end| end.compute) * 2.5, log: true, step: None };
+    // At least two decades, so that the axis has marks to read it by.
+    let (from, to) = (least(|end| end.compute) / 5.0, most(|end| end.compute) * 2.5);
+    let wider = (100.0 * from / to).max(1.0).sqrt();
+    let x = Scale { low: from / wider, high: to * wider, log: true, step: None };
     (x, y)
 }
 
@@ -111,12 +114,14 @@ fn ends(svg: &mut Svg, panel: &Panel, groups: &Groups<'_>, loss: Loss, compute: 
     }
 }
 
-fn entries(groups: &Groups<'_>) -> Vec<Entry> {
+fn entries(groups: &Groups<'_>, loss: Loss) -> Vec<Entry> {
     let mut entries = Vec::new();
-    for (policy, _) in groups {
+    for (policy, runs) in groups {
         let (look, name) = (look(policy, &[]), name(policy));
-        let thick = projection(stroke(look, 3.2));
-        entries.push(Entry { text: format!("{name} projection"), stroke: thick, marker: None });
+        if Compute::BOTH.iter().any(|&compute| Fit::of(&efficient(runs, loss, compute)).is_some()) {
+            let thick = projection(stroke(look, 3.2));
+            entries.push(Entry { text: format!("{name} projection"), stroke: thick, marker: None });
+        }
         let marker = Some((look.marker, look.colour));
         entries.push(Entry { text: format!("{name} runs"), stroke: stroke(look, 1.1), marker });
     }

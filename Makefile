@@ -59,6 +59,18 @@ demo: tools libtorch ## train a language model with MoBA, export it, compare MoB
 bench: tools libtorch ## MoBA against full attention on the CPU; BENCH="..." sets the arguments of bench_attention
 	cargo run --release --example bench_attention -- $(BENCH)
 
+.PHONY: scaling
+scaling: tools libtorch ## loss against compute, MoBA beside full attention: a miniature of docs/scaling.md on the CPU
+	@scripts/scaling
+
+.PHONY: corpus
+corpus: tools libtorch ## the text of docs/scaling.md (from Debian) and its tokens: target/corpus
+	@scripts/corpus target/corpus
+	@echo "corpus: tokens (building scaling_laws takes minutes the first time)"
+	@cargo run --quiet --release --example scaling_laws -- corpus --data target/corpus/text --vocab 4096 \
+	  --out target/corpus/corpus.safetensors
+	@scripts/pack target/corpus/corpus.safetensors
+
 .PHONY: gpu-bundle
 gpu-bundle: tools libtorch ## suite, benches and examples for a GPU machine that has PyTorch and no Rust: target/gpu-bundle
 	@scripts/gpu-bundle

@@ -132,7 +132,7 @@ impl Attention {
         if hidden != self.config.hidden_size {
             return Err(self.wrong_shape(&size));
         }
-        let rotary = Rotary::new(seqlen, self.config.head_dim, self.config.rope_theta, xs.device())?;
+        let rotary = Rotary::new(seqlen, self.config.head_dim, self.config.rope_theta, xs)?;
         self.forward_rotated(xs, &rotary, step)
     }
 

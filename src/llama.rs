@@ -84,8 +84,8 @@ impl Llama {
             let message = format!("tokens must be Int64 [batch, seqlen], got {:?} {size:?}", tokens.kind());
             return Err(Error::Torch { op: "Llama".to_owned(), message });
         };
-        let rotary = Rotary::new(seqlen, self.config.head_dim(), self.config.rope_theta(), tokens.device())?;
         let mut xs = Tensor::f_embedding(&self.embed_tokens, tokens, -1, false, false)?;
+        let rotary = Rotary::new(seqlen, self.config.head_dim(), self.config.rope_theta(), &xs)?;
         for layer in &self.layers {
             xs = layer.forward(&xs, &rotary, step)?;
         }

@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Result, bail, ensure};
-use clap::{Parser, ValueEnum};
+use anyhow::{Result, ensure};
+use clap::Parser;
 use serde::{Deserialize, Serialize};
-use tch::{Cuda, Device};
 use tch_moba::{HybridPolicy, MobaConfig, llama::LlamaConfig};
+
+use crate::device::DeviceArg;
 
 /// Train a byte-level language model with MoBA attention.
 #[derive(Parser, Debug)]
@@ -80,25 +81,6 @@ pub struct RunConfig {
     pub clip: f64,
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
-pub enum DeviceArg {
-    Cpu,
-    Cuda,
-}
-
-impl DeviceArg {
-    pub fn resolve(self) -> Result<Device> {
-        match self {
-            Self::Cpu => Ok(Device::Cpu),
-            Self::Cuda if Cuda::is_available() => Ok(Device::Cuda(0)),
-            Self::Cuda => bail!(
-                "--device cuda: libtorch sees no usable GPU; check the driver (nvidia-smi), and that this program was \
-                 built with --features cuda"
-            ),
-        }
-    }
 }
 
 impl RunConfig {

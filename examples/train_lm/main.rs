@@ -8,11 +8,17 @@
 //! `step-NNNNNN/`, whose `config.json` and `model.safetensors` have the names of Hugging Face Llama.
 
 mod chart;
+#[path = "../common/checkpoint.rs"]
 mod checkpoint;
 mod config;
 mod corpus;
+#[path = "../common/device.rs"]
+mod device;
 mod metrics;
+#[path = "../common/optimizer.rs"]
 mod optimizer;
+#[path = "../common/text.rs"]
+mod text;
 mod train;
 
 use std::process::ExitCode;

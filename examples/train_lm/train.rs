@@ -8,17 +8,25 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
+use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, nn};
 use tch_moba::{AttentionKind, Step, autocast, llama::Llama};
 
 use crate::{
-    chart,
-    checkpoint::{self, State},
+    chart, checkpoint,
     config::{Args, RunConfig},
     corpus::{Corpus, Windows},
     metrics::{Metrics, Record},
     optimizer::AdamW,
 };
+
+/// Where a run stands. The batches are a function of the step, so the step is also the position in the data.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct State {
+    step: u64,
+    tokens: u64,
+    corpus_hash: u64,
+}
 
 /// Held-out sequences per measurement.
 const HELD_OUT_WINDOWS: usize = 16;
@@ -151,7 +159,7 @@ impl<'a> Trainer<'a> {
                 self.draw(&metrics)?;
             }
             if save {
-                checkpoint::save(&args.out, &self.state, self.model.config(), &self.vs, &self.optimizer)?;
+                checkpoint::save(&args.out, step, &self.state, self.model.config(), &self.vs, &self.optimizer)?;
             }
             metrics.flush()?;
             interval = Instant::now();
@@ -171,6 +179,7 @@ impl<'a> Trainer<'a> {
         self.optimizer.zero_grad()?;
         let loss = self.loss(&batch, Step::train(progress))?;
         loss.f_backward()?;
+        self.optimizer.accumulate()?;
         let norm = self.optimizer.step(lr)?;
         self.state.step += 1;
         self.state.tokens += self.run.tokens_per_step();

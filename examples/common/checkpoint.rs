@@ -7,23 +7,22 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use serde::{Deserialize, Serialize};
+use serde::{Serialize, de::DeserializeOwned};
 use tch::{Device, Tensor, nn};
 use tch_moba::llama::{LlamaConfig, load_tensors, load_weights};
 
 use crate::optimizer::AdamW;
 
-/// Where a run stands. The batches are a function of the step, so the step is also the position in the data.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct State {
-    pub step: u64,
-    pub tokens: u64,
-    pub corpus_hash: u64,
-}
-
-/// Writes `step-NNNNNN` under `out`, then removes older checkpoints.
-pub fn save(out: &Path, state: &State, config: &LlamaConfig, vs: &nn::VarStore, optimizer: &AdamW) -> Result<PathBuf> {
-    let path = out.join(format!("step-{:06}", state.step));
+/// Writes `step-NNNNNN` under `out`, then removes older checkpoints. `state` is what else a run needs to go on.
+pub fn save(
+    out: &Path,
+    step: u64,
+    state: &impl Serialize,
+    config: &LlamaConfig,
+    vs: &nn::VarStore,
+    optimizer: &AdamW,
+) -> Result<PathBuf> {
+    let path = out.join(format!("step-{step:06}"));
     let unfinished = path.with_extension("unfinished");
     let older = list(out)?;
     let write = || -> Result<()> {
@@ -41,7 +40,7 @@ pub fn save(out: &Path, state: &State, config: &LlamaConfig, vs: &nn::VarStore, 
         Ok(fs::rename(&unfinished, &path)?)
     };
     write().with_context(|| format!("cannot write the checkpoint {}", path.display()))?;
-    for (_, old) in older.into_iter().filter(|(step, _)| *step != state.step) {
+    for (_, old) in older.into_iter().filter(|(other, _)| *other != step) {
         fs::remove_dir_all(&old).with_context(|| format!("cannot remove the old checkpoint {}", old.display()))?;
     }
     Ok(path)
@@ -52,13 +51,14 @@ pub fn newest(out: &Path) -> Result<Option<PathBuf>> {
     Ok(list(out)?.pop_last().map(|(_, path)| path))
 }
 
-pub fn load(path: &Path, vs: &nn::VarStore, optimizer: &AdamW) -> Result<State> {
+/// Reads weights and optimizer, and returns the state.
+pub fn load<S: DeserializeOwned>(path: &Path, vs: &nn::VarStore, optimizer: &AdamW) -> Result<S> {
     load_weights(vs, path.join("model.safetensors"))?;
     load_tensors(optimizer.state(), path.join("optimizer.safetensors"))?;
     read_json(&path.join("state.json"))
 }
 
-pub fn read_json<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T> {
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     serde_json::from_str(&text)
         .with_context(|| format!("{} is damaged: take another checkpoint, or --restart", path.display()))

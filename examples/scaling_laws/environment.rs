@@ -1,0 +1,39 @@
+//! What the figures were taken on, and with which source.
+
+use std::{env, fs, process::Command};
+
+use anyhow::{Result, ensure};
+use tch::Device;
+
+/// The commit: `MOBA_COMMIT` where a bundle says it, else that of the git checkout in which the program runs.
+pub fn commit() -> Result<String> {
+    if let Some(commit) = env::var("MOBA_COMMIT").ok().filter(|commit| !commit.is_empty()) {
+        return Ok(commit);
+    }
+    let described = output("git", &["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]);
+    ensure!(
+        described.is_some(),
+        "no commit to write into the records: run in the git checkout, or set MOBA_COMMIT to what was built"
+    );
+    Ok(described.unwrap_or_default())
+}
+
+pub fn device(device: Device) -> String {
+    match device {
+        Device::Cuda(index) => {
+            let index = format!("--id={index}");
+            output("nvidia-smi", &["--query-gpu=name", "--format=csv,noheader", &index])
+                .unwrap_or_else(|| "unknown GPU".to_owned())
+        }
+        _ => {
+            let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+            let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+            format!("{}, {} threads", name.map_or("unknown CPU", |(_, name)| name), tch::get_num_threads())
+        }
+    }
+}
+
+fn output(program: &str, arguments: &[&str]) -> Option<String> {
+    let output = Command::new(program).args(arguments).output().ok().filter(|output| output.status.success())?;
+    Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}

@@ -24,8 +24,8 @@ fn check(case: &Case, seed: u64, kind: Kind, device: Device) {
     let (out, lse) = routed_attention(&inputs.q, &inputs.k, &inputs.v, &chosen, &config).unwrap();
     for (name, routed, whole) in [("out", &out, &ours.out), ("lse", &lse, &ours.lse)] {
         let what = format!("{name} of {what}, route given");
-        if device.is_cuda() && case.top_k >= case.blocks() {
-            // Dense attention answered instead.
+        if device.is_cuda() && (case.top_k == 1 || case.top_k >= case.blocks()) {
+            // Nothing had to be chosen, so that kernels without a merge answered.
             assert_rounding(&what, routed, whole);
         } else {
             assert_same_bits(&what, routed, whole);

@@ -2,6 +2,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <mutex>
+
 #include "cuda/sm90/params.h"
 
 namespace moba::cuda::sm90 {
@@ -18,11 +20,10 @@ __global__ void probe_kernel(int* out) {
 #endif
 }
 
-std::string device_refusal() {
-  int device = 0, major = 0, minor = 0;
+std::string refusal_of(int device) {
+  int major = 0, minor = 0;
   cudaFuncAttributes attributes;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
       cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
     cudaGetLastError();  // not an error of the caller's
     return "device: wanted one that answers";
@@ -35,6 +36,21 @@ std::string device_refusal() {
     return "build: wanted code for sm_90a (TORCH_CUDA_ARCH_LIST with 9.0a), got none";
   }
   return "";
+}
+
+// Asked before every call, so the answer is kept.
+const std::string& device_refusal() {
+  constexpr int kDevices = 64;
+  static std::once_flag asked[kDevices];
+  static std::string answers[kDevices];
+  static const std::string unknown = "device: wanted one that answers";
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) {
+    cudaGetLastError();  // not an error of the caller's
+    return unknown;
+  }
+  std::call_once(asked[device], [&] { answers[device] = refusal_of(device); });
+  return answers[device];
 }
 
 }  // namespace

@@ -11,7 +11,8 @@ using namespace backward;
 
 namespace {
 
-// dq in float of one key head, up to which it is summed in memory: so much stays in the L2 cache (50 MB).
+// dq in float of one key head, up to which it is summed in memory: so much stays in the L2 cache (50 MB). Twice as much
+// where a block has several key tiles, each with its own partial dq to write and read.
 constexpr int64_t kReduceBytes = int64_t(32) << 20;
 
 cudaError_t processors_of_device(int& processors) {
@@ -105,9 +106,10 @@ cudaError_t plan_backward(BackwardPlan& plan, const Shape& shape, int64_t units_
   const cudaError_t status = processors_of_device(processors);
   if (status != cudaSuccess) return status;
   const int64_t tile_bytes = units_k * partial_rows(shape) * shape.head_dim * 2;
-  plan.reduce = !deterministic &&
-                (heads_rows(shape) * shape.head_dim * 4 <= kReduceBytes || tile_bytes * block_tiles(shape) > bytes);
-  plan.pass_tiles = plan.reduce ? block_tiles(shape) : std::clamp(bytes / tile_bytes, int64_t(1), block_tiles(shape));
+  const int64_t tiles = block_tiles(shape), reduce_bytes = tiles > 1 ? 2 * kReduceBytes : kReduceBytes;
+  plan.reduce =
+      !deterministic && (heads_rows(shape) * shape.head_dim * 4 <= reduce_bytes || tile_bytes * tiles > bytes);
+  plan.pass_tiles = plan.reduce ? tiles : std::clamp(bytes / tile_bytes, int64_t(1), tiles);
   Layout layout(nullptr);
   lay_out(layout, shape, units_k, plan, processors);
   plan.bytes = layout.bytes();
@@ -121,12 +123,12 @@ cudaError_t launch_backward(const BackwardParams& p, const BackwardPlan& plan, v
   if (status != cudaSuccess) return status;
   Layout layout(workspace);
   const Workspace work = lay_out(layout, p.shape, p.lists.units_k.count, plan, processors);
+  status = launch_prepare(p, work, plan.reduce, dtype, stream);
   const int64_t tiles = block_tiles(p.shape);
   for (int64_t tile = 0; tile < tiles && status == cudaSuccess; tile += plan.pass_tiles) {
     const int64_t count = std::min(plan.pass_tiles, tiles - tile);
     const Pass pass{static_cast<int32_t>(tile), static_cast<int32_t>(count), tile == 0, tile + count == tiles};
-    status = pass.first ? launch_prepare(p, work, pass, plan.reduce, processors, dtype, stream)
-                        : launch_items(p, work, pass, processors, stream);
+    status = launch_items(p, work, pass, processors, stream);
     if (status == cudaSuccess) {
       status = with_products(p.shape, dtype, [&](auto products) {
         return decltype(products)::launch(p, work, plan.reduce, processors, stream);

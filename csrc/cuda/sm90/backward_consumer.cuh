@@ -1,9 +1,9 @@
 // A consumer warpgroup of the backward products: 64 keys of the tile times the queries that come through the ring.
 //
 // With S = K Q^T, P = exp(scale S - lse), dP = V dO^T and dS = P (dP - delta), all of them [keys, queries]: dV += P dO
-// and dK += dS Q with P and dS in registers, and dQ = dS^T K from shared memory, where each warpgroup computes half of
-// the columns for all keys. The products of a tile are spread so that the tensor cores have work while this warpgroup
-// exponentiates: S of the next tile and dK of this one are under way when it starts with the next.
+// with P in registers; dK += dS Q and dQ = dS^T K with dS in shared memory, where each warpgroup computes half of the
+// columns of dQ for all keys. The products of a tile are spread so that the tensor cores have work while this warpgroup
+// exponentiates or moves dQ: dK of a tile and S of the next are under way then.
 #pragma once
 
 #include "cuda/sm90/backward_store.cuh"
@@ -186,69 +186,63 @@ struct Consumer {
     }
   }
 
-  // dq of a tile.
-  __device__ __forceinline__ void store_queries(const Tile& tile) {
+  // What a thread has of dq in a product's rows of index kHalf, arranged for memory, 16 bytes after 16 bytes. Out of
+  // the registers of the product, which the next one needs soon.
+  struct Row {
+    uint32_t words[kReduce ? kQuery / 2 : kQuery / 4];
+  };
+
+  // In sums, lanes 16 apart exchange halves of what they hold of their rows, so that eight lanes add to 128 bytes in
+  // one place: elements at and at + 8 of each 16 become those of the lower and of the upper row.
+  template <int kHalf>
+  __device__ __forceinline__ Row arrange() {
+    const auto& values = dq();
+    Row row;
     if constexpr (kReduce) {
-      add_rows(tile);
+      const bool upper = thread() & 16;
+#pragma unroll
+      for (int i = 0; i < kQuery / 4; ++i) {
+        const int part = i / 4, at = 16 * part + 2 * kHalf + i % 2 + i / 2 % 2 * 4;
+        const float received = __shfl_xor_sync(0xffffffffu, upper ? values[at] : values[at + 8], 16);
+        row.words[i] = __float_as_uint(upper ? received : values[at]);
+        row.words[kQuery / 4 + i] = __float_as_uint(upper ? values[at + 8] : received);
+      }
     } else {
-      store_row<0>(tile);
-      store_row<1>(tile);
+      const float factor = static_cast<float>(p.softmax_scale);
+#pragma unroll
+      for (int i = 0; i < kQuery / 4; ++i) {
+        const int at = 4 * i + 2 * kHalf;
+        row.words[i] = pack<T>(values[at] * factor, values[at + 1] * factor);
+      }
     }
+    return row;
   }
 
-  // Lanes 16 apart exchange halves of what they hold of their rows, so that eight lanes add to 128 bytes in one place.
-  __device__ __forceinline__ void add_rows(const Tile& tile) {
-    auto& values = dq();
-    const int lane = thread() % 32;
-    const bool upper = lane & 16;
-    // Elements at and at + 8 of each 16 become those of the lower and of the upper row.
-    float received[kQuery / 2];
-#pragma unroll
-    for (int i = 0; i < kQuery / 2; ++i) {
-      const int at = i / 8 * 16 + i % 8;
-      received[i] = __shfl_xor_sync(0xffffffffu, upper ? values[at] : values[at + 8], 16);
-    }
-    const uint32_t* targets = tile.target + thread() % kWarpgroup / 32 * 16 + lane % 16 / 4;
-    float* sums = static_cast<float*>(tile.rows) + half * (kHeadDim / 2) + (upper ? 16 : 0) + lane % 4 * 4;
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
+  template <int kHalf>
+  __device__ __forceinline__ void store(const Row& row, const Tile& tile) {
+    const int lane = thread() % 32, first = thread() % kWarpgroup / 32 * 16 + 8 * kHalf;
+    const uint32_t* words = row.words;
+    if constexpr (kReduce) {
+      float* sums = static_cast<float*>(tile.rows) + half * (kHeadDim / 2) + lane / 16 * 16 + lane % 4 * 4;
 #pragma unroll
       for (int up = 0; up < 2; ++up) {
-        const uint32_t target = targets[8 * row + 4 * up];
+        const uint32_t target = tile.target[first + lane % 16 / 4 + 4 * up];
         float* to = sums + static_cast<int64_t>(target) * kHeadDim;
 #pragma unroll
-        for (int i = 0; i < kQuery / 16; ++i) {
-          float added[4];
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const int from = 2 * row + j % 2 + j / 2 * 4;
-            const float own = values[16 * i + 8 * up + from], other = received[8 * i + from];
-            added[j] = upper == (up == 1) ? own : other;
-          }
-          add_in_memory(to + 32 * i, added[0], added[1], added[2], added[3], target != kNobody);
+        for (int i = 0; i < kQuery / 16; ++i, words += 4) {
+          add_in_memory(to + 32 * i, __uint_as_float(words[0]), __uint_as_float(words[1]), __uint_as_float(words[2]),
+                        __uint_as_float(words[3]), target != kNobody);
         }
       }
-    }
-  }
-
-  // One of this thread's two rows.
-  template <int kHalf>
-  __device__ __forceinline__ void store_row(const Tile& tile) {
-    const auto& values = dq();
-    const int lane = thread() % 32;
-    const uint32_t row = tile.target[thread() % kWarpgroup / 32 * 16 + lane / 4 + 8 * kHalf];
-    if (row == kNobody) return;
-    T* to = static_cast<T*>(tile.rows) + static_cast<int64_t>(row) * kHeadDim + half * (kHeadDim / 2) + lane % 4 * 8;
-    const float factor = static_cast<float>(p.softmax_scale);
+    } else {
+      const uint32_t target = tile.target[first + lane / 4];
+      T* to =
+          static_cast<T*>(tile.rows) + static_cast<int64_t>(target) * kHeadDim + half * (kHeadDim / 2) + lane % 4 * 8;
+      if (target == kNobody) return;
 #pragma unroll
-    for (int i = 0; i < kQuery / 16; ++i) {
-      uint32_t words[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int at = 4 * (4 * i + j) + 2 * kHalf;
-        words[j] = pack<T>(values[at] * factor, values[at + 1] * factor);
+      for (int i = 0; i < kQuery / 16; ++i, words += 4) {
+        store_streaming(to + 32 * i, words[0], words[1], words[2], words[3]);
       }
-      store_streaming(to + 32 * i, words[0], words[1], words[2], words[3]);
     }
   }
 
@@ -296,9 +290,13 @@ struct Consumer {
     wgmma_wait<2>();  // dv and dq
     settle(weights);
     settle(dq());
-    store_queries(memory.tiles[done]);
-    const Numbers lse = numbers(tile.lse);
+    const Row first = arrange<0>();
+    if (kReduce) store<0>(first, memory.tiles[done]);  // both rows would not fit the registers
+    const Row second = arrange<1>();
     multiply_change();
+    if (!kReduce) store<0>(first, memory.tiles[done]);
+    store<1>(second, memory.tiles[done]);
+    const Numbers lse = numbers(tile.lse);
     first_half(lse, masked, done);
     return more;
   }
@@ -311,7 +309,8 @@ struct Consumer {
     wgmma_wait<1>();
     settle(weights);
     settle(dq());
-    store_queries(memory.tiles[stage.slot]);
+    store<0>(arrange<0>(), memory.tiles[stage.slot]);
+    store<1>(arrange<1>(), memory.tiles[stage.slot]);
     wgmma_wait<0>();
     settle(dk);
     settle(dv);

@@ -70,9 +70,8 @@ constexpr int64_t max_slabs(int64_t processors) {
   return processors * (kItemsPerProcessor + kLastTiles / kSmallestItem) * 4 / 3;
 }
 
-// Includes launch_items for this pass.
-cudaError_t launch_prepare(const BackwardParams& p, const Workspace& work, const Pass& pass, bool reduce,
-                           int processors, Dtype dtype, cudaStream_t stream);
+cudaError_t launch_prepare(const BackwardParams& p, const Workspace& work, bool reduce, Dtype dtype,
+                           cudaStream_t stream);
 cudaError_t launch_items(const BackwardParams& p, const Workspace& work, const Pass& pass, int processors,
                          cudaStream_t stream);
 cudaError_t launch_splits(const BackwardParams& p, const Workspace& work, int processors, Dtype dtype,

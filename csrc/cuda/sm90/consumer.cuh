@@ -159,16 +159,19 @@ struct Consumer {
     }
   }
 
-  // One of this thread's two rows: four lanes hold it, and write 64 bytes of it at a time.
+  // A warp's 16 rows lie together in the partials, so that one copy takes them there.
   __device__ __forceinline__ void store(const Out& out, const Softmax& softmax, const Work& work) {
-    char* to = static_cast<char*>(p.partials.out) + (work.first + row()) * (kHeadDim * 2) + lane() % 4 * 16;
+    const int warp = threadIdx.x / 32 - 4, warp_row = warp % 4 * 16;
+    const uint32_t results = shared_address(memory.results[warp]);
+    if (lane() == 0) bulk_wait_read();
+    __syncwarp();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float total = softmax.sum[half];
       total += __shfl_xor_sync(0xffffffffu, total, 1);
       total += __shfl_xor_sync(0xffffffffu, total, 2);
       const float inverse = total == 0.f ? 0.f : __fdividef(1.f, total);  // 1 <= total, unless no key counts
-      if (row() + 8 * half >= work.count) continue;
+      const uint32_t to = results + (lane() / 4 + 8 * half) * (kHeadDim * 2) + lane() % 4 * 16;
 #pragma unroll
       for (int c = 0; c < kHeadDim / 32; ++c) {
         uint32_t words[4];
@@ -177,12 +180,19 @@ struct Consumer {
           const int at = 4 * (4 * c + g) + 2 * half;
           words[g] = pack<T>(out[at] * inverse, out[at + 1] * inverse);
         }
-        store_streaming(to + 8 * half * (kHeadDim * 2) + 64 * c, words[0], words[1], words[2], words[3]);
+        shared_store_16(to + 64 * c, words[0], words[1], words[2], words[3]);
       }
-      if (lane() % 4 == 0) {
+      if (lane() % 4 == 0 && row() + 8 * half < work.count) {
         const float base = softmax.largest[half] == -INFINITY ? 0.f : softmax.largest[half] * scale;
         p.partials.lse[work.first + row() + 8 * half] = base + __log2f(total);
       }
+    }
+    fence_proxy_async();
+    __syncwarp();
+    const int rows = min(16, work.count - warp_row);
+    if (lane() == 0 && rows > 0) {
+      bulk_store_streaming(static_cast<char*>(p.partials.out) + (work.first + warp_row) * (kHeadDim * 2), results,
+                           rows * kHeadDim * 2);
     }
   }
 
@@ -266,6 +276,7 @@ struct Consumer {
     wgmma_wait<0>();
     settle(out);
     store(out, softmax, work);
+    if (lane() == 0) bulk_wait();
   }
 };
 

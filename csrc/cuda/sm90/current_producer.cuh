@@ -1,4 +1,4 @@
-// The producer warpgroup of the current-block kernel: one thread loads queries, keys and values by TMA, and for each
+// The producers of the current-block kernel: one thread loads queries, keys and values by TMA, and for each
 // consumer two warps gather the partial results of its rows by cp.async.
 #pragma once
 
@@ -113,8 +113,7 @@ struct Gatherer {
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const int row = row0 + i * kRowsAtOnce;
-        cp_async_16_or_zero(to + row * kRowBytes + staged_part(row, part) * 16,
-                            from + static_cast<int64_t>(max(positions[i], 0)) * kRowBytes, positions[i] >= 0 ? 16 : 0);
+        cp_async_16_or_zero(to + row * kRowBytes + staged_part(row, part) * 16, from, positions[i], kRowBytes);
       }
     }
   }

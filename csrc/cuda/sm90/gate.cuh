@@ -115,12 +115,13 @@ struct GateConsumer {
     settle(scores);
   }
 
-  // Blocks from `current` on are no candidates, and all before `fewest` are; counted from the first column of the step.
-  __device__ __forceinline__ void mask(int current0, int current1, int fewest) {
-    constexpr int kAtOnce = 4;
+  // Blocks from `current` on are no candidates, all before `fewest` are, and nobody looks at parts from `most` on;
+  // counted from the first column of the step.
+  __device__ __forceinline__ void mask(int current0, int current1, int fewest, int most) {
+    constexpr int kAtOnce = P::kPartGroups;
 #pragma unroll
     for (int first = 0; first < kGateGroups; first += kAtOnce) {
-      if (8 * (first + kAtOnce) <= fewest) continue;
+      if (8 * (first + kAtOnce) <= fewest || 8 * first >= most) continue;
 #pragma unroll
       for (int i = first; i < first + kAtOnce; ++i) {
         const int column = 8 * i + threadIdx.x % 4 * 2;
@@ -163,7 +164,8 @@ struct GateConsumer {
         if (step == 0) arrive(&memory.query_empty[query.slot][consumer]);
         mean.advance();
         if (begin < warp_blocks) {
-          if (begin + kGateMeans > fewest) mask(current0 - begin, current1 - begin, fewest - begin);
+          if (begin + kGateMeans > fewest)
+            mask(current0 - begin, current1 - begin, fewest - begin, warp_blocks - begin);
           selection.take(scores, step, warp_blocks - begin);
         }
       }

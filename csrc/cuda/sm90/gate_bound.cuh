@@ -1,20 +1,45 @@
 // A lower bound of the k-th best score of a row, from registers: the k-th largest of the maxima of 32 classes of
-// columns, as k different scores reach it. Sorting networks on numbers alone; four lanes share a row.
+// columns, as k different scores reach it. Two rows at a time in pairs of bf16, rounded towards zero; four lanes share
+// a row.
 #pragma once
 
 #include <cstdint>
 
 namespace moba::cuda::sm90 {
 
-__device__ __forceinline__ void order(float& larger, float& smaller) {
-  const float a = larger, b = smaller;
-  larger = fmaxf(a, b);
-  smaller = fminf(a, b);
+// A pair of bf16, the first number in the low half.
+__device__ __forceinline__ uint32_t truncated(float first, float second) {
+  uint32_t pair;
+  asm("cvt.rz.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+}
+__device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
+  uint32_t pair;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+  return pair;
+}
+__device__ __forceinline__ uint32_t smaller(uint32_t a, uint32_t b) {
+  uint32_t pair;
+  asm("min.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+  return pair;
+}
+constexpr uint32_t kMinusInfinities = 0xff80ff80u;
+
+// No number that was truncated to this one is below.
+__device__ __forceinline__ float lower_bound(uint32_t bf16) {
+  const bool exact = bf16 == 0xff80u || (bf16 & 0x8000u) == 0;  // minus infinity, or rounded down
+  return __uint_as_float((exact ? bf16 : bf16 + 1) << 16);
+}
+
+__device__ __forceinline__ void order(uint32_t& first, uint32_t& second) {
+  const uint32_t a = first, b = second;
+  first = larger(a, b);
+  second = smaller(a, b);
 }
 
 // A bitonic sequence becomes descending.
 template <int kCount>
-__device__ __forceinline__ void sort_bitonic(float (&x)[kCount]) {
+__device__ __forceinline__ void sort_bitonic(uint32_t (&x)[kCount]) {
 #pragma unroll
   for (int distance = kCount / 2; distance > 0; distance /= 2) {
 #pragma unroll
@@ -25,7 +50,7 @@ __device__ __forceinline__ void sort_bitonic(float (&x)[kCount]) {
 }
 
 template <int kCount>
-__device__ __forceinline__ void sort(float (&x)[kCount]) {
+__device__ __forceinline__ void sort(uint32_t (&x)[kCount]) {
 #pragma unroll
   for (int run = 2; run <= kCount; run *= 2) {
 #pragma unroll
@@ -45,46 +70,45 @@ __device__ __forceinline__ void sort(float (&x)[kCount]) {
 
 // The largest kCount of two descending lists: those of this lane and of lane ^ offset. Bitonic.
 template <int kCount>
-__device__ __forceinline__ void take_larger(float (&x)[kCount], int offset) {
-  float other[kCount];
+__device__ __forceinline__ void take_larger(uint32_t (&x)[kCount], int offset) {
+  uint32_t other[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) other[i] = __shfl_xor_sync(0xffffffffu, x[i], offset);
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) x[i] = fmaxf(x[i], other[kCount - 1 - i]);
+  for (int i = 0; i < kCount; ++i) x[i] = larger(x[i], other[kCount - 1 - i]);
 }
 
-template <int kCount>
-__device__ __forceinline__ float pick(const float (&x)[kCount], int index) {
-  float picked = x[0];
-#pragma unroll
-  for (int i = 1; i < kCount; ++i) picked = index == i ? x[i] : picked;
-  return picked;
-}
-
-// The count-th largest of the maxima that four lanes hold, 8 each; count <= kKept.
+// The count-th largest of the pairs that four lanes hold, 8 each; count <= kKept.
 template <int kKept>
-__device__ __forceinline__ float largest_of_quad(const float (&unsorted)[8], int count) {
+__device__ __forceinline__ uint32_t largest_of_quad(const uint32_t (&pairs)[8], int count) {
   static_assert(kKept == 2 || kKept == 8 || kKept == 16);
-  float maxima[8];
+  uint32_t own[8], best[kKept];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) maxima[i] = unsorted[i];
-  sort(maxima);
-  float best[kKept];
+  for (int i = 0; i < 8; ++i) own[i] = pairs[i];
+  sort(own);
   if constexpr (kKept == 16) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      best[i] = maxima[i];
-      best[15 - i] = __shfl_xor_sync(0xffffffffu, maxima[i], 1);
+      best[i] = own[i];
+      best[15 - i] = __shfl_xor_sync(0xffffffffu, own[i], 1);
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kKept; ++i) best[i] = maxima[i];
+    for (int i = 0; i < kKept; ++i) best[i] = own[i];
     take_larger(best, 1);
   }
   sort_bitonic(best);
   take_larger(best, 2);
   sort_bitonic(best);
-  return pick(best, count - 1);
+  // best[count - 1], by masks: the compiler would make an array in memory of a choice between registers.
+#pragma unroll
+  for (int distance = kKept / 2; distance > 0; distance /= 2) {
+    uint32_t upper = ((count - 1) & distance) != 0 ? 0xffffffffu : 0;
+    asm("" : "+r"(upper));
+#pragma unroll
+    for (int i = 0; i < distance; ++i) best[i] = (best[i + distance] & upper) | (best[i] & ~upper);
+  }
+  return best[0];
 }
 
 }  // namespace moba::cuda::sm90

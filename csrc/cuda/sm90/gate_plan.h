@@ -22,30 +22,31 @@ struct GateTile {
 // kKept: room for the best blocks of a row.
 template <int kHeadDim, int kKept>
 struct GatePlan {
-  static constexpr int kConsumers = 2;
+  static constexpr int kConsumers = kKept <= 8 ? 3 : 2;
   // The producer is one thread of a warpgroup, whose registers the consumers get: see plan.h.
   static constexpr int kThreads = (kConsumers + 1) * 128;
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
   static constexpr int kTileRows = kConsumers * kGateQueries;
   static constexpr int kPanels = kHeadDim / 64;
   static constexpr int kQueryBytes = kGateQueries * kHeadDim * 2;
   static constexpr int kMeanBytes = kGateMeans * kHeadDim * 2;
-  static constexpr int kStages = kHeadDim == 64 ? 4 : 2;
-  static constexpr int kQueryStages = kHeadDim == 128 && kKept == 64 ? 1 : 2;
+  static constexpr int kStages = 2;
+  static constexpr int kQueryStages = kHeadDim == 64 ? 2 : 1;
   // Candidates are staged in lists of one lane each, and checked for room after each part of a step.
-  static constexpr int kEntries = kKept <= 8 ? 16 : kKept == 16 ? 12 : 8;
+  static constexpr int kEntries = kKept == 16 || kHeadDim == 64 ? 16 : 12;
   static constexpr int kParts = 4;
   static constexpr int kPartGroups = kGateGroups / kParts;
   // Whether rows have a bound from the maxima of classes of columns (gate_bound.cuh).
   static constexpr bool kBounded = kKept <= 16;
   // Candidates of a row that are ranked at a time.
-  static constexpr int kFresh = kKept == 2 ? 4 : kKept == 8 ? 12 : kKept == 16 ? 20 : 16;
+  static constexpr int kFresh = kKept == 2 ? 4 : kKept == 16 ? 20 : 16;
 
   // Of one warp, which owns 16 rows: four lanes share row lane / 4 and row lane / 4 + 8. The rows of `fresh` and `kept`
   // are padded so that eight of them start in different banks.
   struct Warp {
     float4 scores[kEntries][32];  // two columns of the first row, two of the second
-    alignas(16) uint64_t fresh[16][kFresh + 2];
+    alignas(16) uint64_t fresh[8][kFresh + 2];
     uint64_t kept[16][kKept | 1];
     uint16_t groups[kEntries][32];
   };

@@ -44,9 +44,10 @@ struct GateSelection {
 
   // Of this lane's rows, lane / 4 and lane / 4 + 8.
   float bound[2];
-  float best[2][8];  // maxima of this lane's classes: columns 16 i .. 16 i + 15 of all steps
+  uint32_t best[8];  // maxima of this lane's classes, columns 16 i .. 16 i + 15 of all steps: pairs for the two rows
   int kept[2];
   bool outdated;                      // the bound does not know all of `best`
+  int young;                          // steps to come whose scores the bound should know beforehand
   uint32_t score_place, group_place;  // where the next entry of this lane goes
 
   __device__ __forceinline__ GateSelection(typename P::Warp& memory, int wanted)
@@ -62,8 +63,9 @@ struct GateSelection {
     bound[1] = second_row ? -INFINITY : INFINITY;
     kept[0] = kept[1] = 0;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) best[0][i] = best[1][i] = -INFINITY;
+    for (int i = 0; i < 8; ++i) best[i] = kMinusInfinities;
     outdated = false;
+    young = 2;
     restart();
   }
   __device__ __forceinline__ int entries() const {
@@ -74,17 +76,16 @@ struct GateSelection {
   }
 
   __device__ __forceinline__ bool unbounded() const {
-    return __any_sync(0xffffffffu, bound[0] == -INFINITY || bound[1] == -INFINITY);
+    return __any_sync(0xffffffffu, P::kBounded && (bound[0] == -INFINITY || bound[1] == -INFINITY));
   }
 
   __device__ __forceinline__ void raise_bound() {
     if (!outdated) return;
     outdated = false;
     if constexpr (P::kBounded) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        bound[half] = fmaxf(bound[half], largest_of_quad<kKept>(best[half], wanted));
-      }
+      const uint32_t found = largest_of_quad<kKept>(best, wanted);
+      bound[0] = fmaxf(bound[0], lower_bound(found & 0xffff));
+      bound[1] = fmaxf(bound[1], lower_bound(found >> 16));
     }
   }
 
@@ -106,46 +107,58 @@ struct GateSelection {
         : "memory");
   }
   template <int kPart>
-  __device__ __forceinline__ void offer_part(const float (&scores)[64], const float (&larger)[2][kGateGroups],
-                                             uint32_t first_group) {
+  __device__ __forceinline__ void offer_part(const float (&scores)[64], uint32_t first_group) {
 #pragma unroll
     for (int i = P::kPartGroups - 1; i >= 0; --i) {
       const int group = kPart * P::kPartGroups + i;
       const float* s = scores + 4 * group;
-      const float first = P::kBounded ? larger[0][group] : fmaxf(s[0], s[1]);
-      const float second = P::kBounded ? larger[1][group] : fmaxf(s[2], s[3]);
+      const float first = fmaxf(s[0], s[1]), second = fmaxf(s[2], s[3]);
+      if constexpr (P::kBounded) {
+        best[group / 2] = larger(best[group / 2], truncated(first, second));
+      }
       offer(s, first, second, first_group + group);
+    }
+    outdated = true;
+  }
+
+  // Lets the bound know all scores of this step before they are offered.
+  __device__ __forceinline__ void look_ahead(const float (&scores)[64], int parts) {
+    if constexpr (P::kBounded) {
+#pragma unroll
+      for (int part = 0; part < P::kParts; ++part) {
+#pragma unroll
+        for (int i = part * P::kPartGroups; part < parts && i < (part + 1) * P::kPartGroups; i += 2) {
+          const float* s = scores + 4 * i;
+          const float first = fmaxf(fmaxf(s[0], s[1]), fmaxf(s[4], s[5]));
+          const float second = fmaxf(fmaxf(s[2], s[3]), fmaxf(s[6], s[7]));
+          best[i / 2] = larger(best[i / 2], truncated(first, second));
+        }
+      }
+      outdated = true;
     }
   }
 
   // Takes the scores of one step, whose first `columns` hold candidates; the last step has number 0.
   __device__ __forceinline__ void take(const float (&scores)[64], int step, int columns) {
-    float larger[2][kGateGroups];
-    if constexpr (P::kBounded) {
-#pragma unroll
-      for (int i = 0; i < kGateGroups; ++i) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          larger[half][i] = fmaxf(scores[4 * i + 2 * half], scores[4 * i + 2 * half + 1]);
-          best[half][i / 2] = fmaxf(best[half][i / 2], larger[half][i]);
-        }
-      }
-    }
-    outdated = true;
     const uint32_t first_group = step * kGateGroups;
     constexpr int kPartColumns = P::kPartGroups * 8;
-    // Down from a part that does not exist, for rows without a bound. The loop makes one copy of what follows a part.
+    const int first_part = min(columns - 1, kGateMeans - 1) / kPartColumns;
+    // Down from a part that does not exist, for rows without a good bound. The loop makes one copy of what follows a
+    // part.
 #pragma unroll 1
-    for (int part = P::kParts; part >= 0;
-         part = part == P::kParts ? min(columns - 1, kGateMeans - 1) / kPartColumns : part - 1) {
-      if (part == 3) offer_part<3>(scores, larger, first_group);
-      if (part == 2) offer_part<2>(scores, larger, first_group);
-      if (part == 1) offer_part<1>(scores, larger, first_group);
-      if (part == 0) offer_part<0>(scores, larger, first_group);
+    for (int part = unbounded() ? P::kParts : first_part; part >= 0; part = part == P::kParts ? first_part : part - 1) {
+      if (part == P::kParts) look_ahead(scores, first_part + 1);
+      if (part == 3) offer_part<3>(scores, first_group);
+      if (part == 2) offer_part<2>(scores, first_group);
+      if (part == 1) offer_part<1>(scores, first_group);
+      if (part == 0) offer_part<0>(scores, first_group);
       const bool first = part == P::kParts, last = step == 0 && part == 0;
-      if (!last && !(first ? unbounded() : full())) continue;
+      if (!first && !last && !full()) continue;
       raise_bound();
-      if (first) continue;
+      if (first) {
+        --young;
+        continue;
+      }
       if (!last && P::kBounded) {
         filter();
         if (!full()) continue;
@@ -164,20 +177,13 @@ struct GateSelection {
       uint16_t group[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        s[i] = memory.scores[first + i][lane];
-        group[i] = memory.groups[first + i][lane];
+        s[i] = memory.scores[min(first + i, P::kEntries - 1)][lane];
+        group[i] = memory.groups[min(first + i, P::kEntries - 1)][lane];
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float4 t = s[i];
-        const bool reached = first + i < staged && (fmaxf(t.x, t.y) >= bound[0] || fmaxf(t.z, t.w) >= bound[1]);
-        if (reached) {
-          const int to = entries();
-          memory.scores[to][lane] = t;
-          memory.groups[to][lane] = group[i];
-          score_place += kScoreStride;
-          group_place += kGroupStride;
-        }
+        const bool valid = first + i < staged;
+        offer(&s[i].x, valid ? fmaxf(s[i].x, s[i].y) : NAN, valid ? fmaxf(s[i].z, s[i].w) : NAN, group[i]);
       }
     }
   }
@@ -190,7 +196,7 @@ struct GateSelection {
     for (int first = 0; first < most; first += 4) {
       float4 s[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) s[i] = memory.scores[first + i][lane];
+      for (int i = 0; i < 4; ++i) s[i] = memory.scores[min(first + i, P::kEntries - 1)][lane];
       uint32_t found[2] = {0, 0};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -211,113 +217,107 @@ struct GateSelection {
     uint32_t reached[2];
     find_reached(reached);
     restart();
+    // One copy of the code for both rows, which change places.
 #pragma unroll 1
-    while (__any_sync(0xffffffffu, (reached[0] | reached[1]) != 0)) {
-      int count[2];
-      gather_fresh(reached, count);
-      if constexpr (kKept <= 8) {
-        merge_fresh<0, 2>(count);
-      } else {
-        merge_fresh<0, 1>(count);
-        merge_fresh<1, 1>(count);
+    for (int half = 0; half < 2; ++half) {
+      const int row = lane / 4 + 8 * half;
+#pragma unroll 1
+      while (__any_sync(0xffffffffu, reached[0] != 0)) {
+        const int count = gather_fresh(reached[0], half);
+        merge_fresh(memory.kept[row], kept[0], count);
+        kept[0] = min(wanted, kept[0] + count);
+        if (kept[0] == wanted && count > 0) bound[0] = above(score_of(memory.kept[row][wanted - 1]));
       }
+      exchange(reached[0], reached[1]);
+      exchange(kept[0], kept[1]);
+      exchange(bound[0], bound[1]);
     }
   }
+  template <class A>
+  __device__ __forceinline__ static void exchange(A& a, A& b) {
+    const A other = a;
+    a = b;
+    b = other;
+  }
 
-  // Moves up to kFresh of the reached scores of each row to memory.fresh, as keys, zero beyond the `count` of the row.
-  __device__ __forceinline__ void gather_fresh(uint32_t (&reached)[2], int (&count)[2]) {
+  // Moves up to kFresh of the reached scores of a row to memory.fresh, as keys, with zeros behind them; returns how
+  // many.
+  __device__ __forceinline__ int gather_fresh(uint32_t& reached, int half) {
     constexpr int kWords = sizeof(memory.fresh) / sizeof(uint4);
     uint4* words = reinterpret_cast<uint4*>(memory.fresh);
 #pragma unroll
     for (int i = 0; i < (kWords + 31) / 32; ++i) {
       if (i * 32 + lane < kWords) words[i * 32 + lane] = make_uint4(0, 0, 0, 0);
     }
-    // Both counts of a lane in one word, summed over the lanes that share the rows.
-    const uint32_t own = __popc(reached[0]) | __popc(reached[1]) << 16;
-    uint32_t end = own;
+    const int own = __popc(reached);
+    int end = own;
 #pragma unroll
     for (int offset = 1; offset <= 2; offset *= 2) {
-      const uint32_t before = __shfl_up_sync(0xffffffffu, end, offset, 4);
+      const int before = __shfl_up_sync(0xffffffffu, end, offset, 4);
       if (lane % 4 >= offset) end += before;
     }
-    const uint32_t total = __shfl_sync(0xffffffffu, end, 3, 4), begin = end - own;
-    int at[2], last[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      count[half] = min(static_cast<int>(total >> 16 * half & 0xffff), P::kFresh);
-      at[half] = begin >> 16 * half & 0xffff;
-      last[half] = min(static_cast<int>(end >> 16 * half & 0xffff), P::kFresh);
-    }
+    const int total = __shfl_sync(0xffffffffu, end, 3, 4);
+    uint64_t* to = memory.fresh[lane / 4] + end - own;
+    const int taken = max(min(end, P::kFresh) - (end - own), 0), most = __reduce_max_sync(0xffffffffu, taken);
     __syncwarp();
-    const int most = __reduce_max_sync(0xffffffffu, max(last[0] - at[0], last[1] - at[1]));
 #pragma unroll 2
-    for (int n = 0; n < most; ++n) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int bit = max(__ffs(reached[half]) - 1, 0);
-        const float score = reinterpret_cast<const float*>(&memory.scores[bit / 2][lane])[2 * half + bit % 2];
-        const uint32_t block = memory.groups[bit / 2][lane] * 8u + lane % 4 * 2 + bit % 2;
-        if (at[half] < last[half]) {
-          memory.fresh[lane / 4 + 8 * half][at[half]++] = gate_key(score, block);
-          reached[half] &= reached[half] - 1;
-        }
+    for (int i = 0; i < most; ++i) {
+      const int bit = max(__ffs(reached) - 1, 0);
+      const float score = reinterpret_cast<const float*>(&memory.scores[bit / 2][lane])[2 * half + bit % 2];
+      const uint32_t block = memory.groups[bit / 2][lane] * 8u + lane % 4 * 2 + bit % 2;
+      if (i < taken) {
+        to[i] = gate_key(score, block);
+        reached &= reached - 1;
       }
     }
     __syncwarp();
+    return min(total, P::kFresh);
   }
 
-  // Merges memory.fresh into memory.kept for `kRows` of the two rows, from kFirst on. A key's new place is the number
-  // of keys above it; each of the four lanes of a row finds the places of every fourth key.
-  template <int kFirst, int kRows>
-  __device__ __forceinline__ void merge_fresh(const int (&count)[2]) {
+  // Merges memory.fresh into `keys`, the first `before` of which are in use. A key's new place is the number of keys
+  // above it; each of the four lanes of a row finds the places of every fourth key.
+  __device__ __forceinline__ void merge_fresh(uint64_t* keys, int before, int count) {
     constexpr int kOwn = P::kFresh / 4, kOld = (kKept + 3) / 4;
-    const int part = lane % 4;
-    uint64_t own[kRows][kOwn], old[kRows][kOld];
-    int place[kRows][kOwn], old_place[kRows][kOld];
+    const int part = lane % 4, most = __reduce_max_sync(0xffffffffu, count);
+    uint64_t own[kOwn];
+    int place[kOwn];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int row = lane / 4 + 8 * (kFirst + r);
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        own[r][i] = memory.fresh[row][4 * i + part];
-        place[r][i] = 0;
-      }
-#pragma unroll
-      for (int i = 0; i < kOld; ++i) old[r][i] = 0;
+    for (int i = 0; i < kOwn; ++i) {
+      own[i] = memory.fresh[lane / 4][4 * i + part];
+      place[i] = 0;
     }
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-      for (int c = 0; c < kOwn; ++c) {
-        uint64_t keys[4];
-        read_fresh(keys, kFirst + r, c);
+    for (int c = 0; c < kOwn; ++c) {
+      if (4 * c < most) {
+        uint64_t fresh[4];
+        read_fresh(fresh, c);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
 #pragma unroll
-          for (int i = 0; i < kOwn; ++i) place[r][i] += keys[k] > own[r][i];
+          for (int i = 0; i < kOwn; ++i) place[i] += fresh[k] > own[i];
         }
       }
     }
-    if (__any_sync(0xffffffffu, (kept[0] | kept[1]) != 0)) {
+    if (__any_sync(0xffffffffu, before != 0)) {
+      uint64_t old[kOld];
+      int old_place[kOld];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const int row = lane / 4 + 8 * (kFirst + r);
+      for (int i = 0; i < kOld; ++i) {
+        old[i] = 4 * i + part < before ? keys[4 * i + part] : 0;
+        old_place[i] = 4 * i + part;
+      }
 #pragma unroll
-        for (int i = 0; i < kOld; ++i) {
-          if (4 * i + part < kept[kFirst + r]) old[r][i] = memory.kept[row][4 * i + part];
-          old_place[r][i] = 4 * i + part;
-        }
-#pragma unroll
-        for (int c = 0; c < kOwn; ++c) {
+      for (int c = 0; c < kOwn; ++c) {
+        if (4 * c < most) {
           uint32_t above = 0;  // by bytes: how many of this lane's old keys are above each of the four
-          uint64_t keys[4];
-          read_fresh(keys, kFirst + r, c);
+          uint64_t fresh[4];
+          read_fresh(fresh, c);
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
 #pragma unroll
             for (int i = 0; i < kOld; ++i) {
-              if (keys[k] > old[r][i]) {
-                ++old_place[r][i];
+              if (fresh[k] > old[i]) {
+                ++old_place[i];
               } else {
                 above += 1u << 8 * k;
               }
@@ -325,39 +325,23 @@ struct GateSelection {
           }
           above += __shfl_xor_sync(0xffffffffu, above, 1);
           above += __shfl_xor_sync(0xffffffffu, above, 2);
-          place[r][c] += above >> 8 * part & 0xff;
+          place[c] += above >> 8 * part & 0xff;
         }
       }
       __syncwarp();
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-        for (int i = 0; i < kOld; ++i) {
-          if (old[r][i] != 0 && old_place[r][i] < wanted) {
-            memory.kept[lane / 4 + 8 * (kFirst + r)][old_place[r][i]] = old[r][i];
-          }
-        }
+      for (int i = 0; i < kOld; ++i) {
+        if (old[i] != 0 && old_place[i] < wanted) keys[old_place[i]] = old[i];
       }
     }
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        if (own[r][i] != 0 && place[r][i] < wanted) memory.kept[lane / 4 + 8 * (kFirst + r)][place[r][i]] = own[r][i];
-      }
+    for (int i = 0; i < kOwn; ++i) {
+      if (own[i] != 0 && place[i] < wanted) keys[place[i]] = own[i];
     }
     __syncwarp();
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int half = kFirst + r;
-      kept[half] = min(wanted, kept[half] + count[half]);
-      if (kept[half] == wanted && count[half] > 0) {
-        bound[half] = above(score_of(memory.kept[lane / 4 + 8 * half][wanted - 1]));
-      }
-    }
   }
-  __device__ __forceinline__ void read_fresh(uint64_t (&keys)[4], int half, int chunk) const {
-    const ulonglong2* fresh = reinterpret_cast<const ulonglong2*>(memory.fresh[lane / 4 + 8 * half]);
+  __device__ __forceinline__ void read_fresh(uint64_t (&keys)[4], int chunk) const {
+    const ulonglong2* fresh = reinterpret_cast<const ulonglong2*>(memory.fresh[lane / 4]);
     const ulonglong2 low = fresh[2 * chunk], high = fresh[2 * chunk + 1];
     keys[0] = low.x;
     keys[1] = low.y;

@@ -14,6 +14,7 @@ namespace {
 // half run at lower speed).
 constexpr int64_t kPassBytes = int64_t(20) << 20;
 constexpr int64_t kMaxPassUnits = 64;
+constexpr int kLastShares = 4;  // in the last pass, for one in the others
 
 Extent rows_of(const Shape& shape) { return {shape.groups, shape.heads, shape.rows, shape.head_dim}; }
 Extent keys_of(const Shape& shape) { return {shape.groups, shape.heads_k, shape.keys, shape.head_dim}; }
@@ -63,10 +64,19 @@ cudaError_t launch_past(const PastParams& p, Dtype dtype, cudaStream_t stream) {
   if (status != cudaSuccess) return status;
   const int64_t unit_bytes = (shape.rows * shape.heads_per_key_head() + 2 * shape.keys) * shape.head_dim * 2;
   const int64_t pass_units = std::min<int64_t>(std::max<int64_t>(1, kPassBytes / unit_bytes), kMaxPassUnits);
+  const int64_t passes = (p.lists.units_k.count + pass_units - 1) / pass_units;
+  if (passes * processors > INT32_MAX / 16) return cudaErrorInvalidValue;
+  if (shape.blocks() < 2) return cudaSuccess;  // no past, and no room for tickets
   return with_kernel(shape, dtype, [&](auto past, int keys) {
     const int steps = static_cast<int>((shape.block_size + keys - 1) / keys);
+    // Shorter ones would cut the pairs of tiles of streamed blocks too often.
+    const int shares = processors * (steps == 1 ? 2 : 1);
     const Schedule schedule{
-        .pass_units = static_cast<int>(std::min(pass_units, p.lists.units_k.count)),
+        .tickets = p.lists.counts,
+        .pass_units = static_cast<int>(pass_units),
+        .passes = static_cast<int>(passes),
+        .pass_shares = shares,
+        .last_shares = shares * kLastShares,
         .blocks = static_cast<int>(shape.blocks()),
         .heads_k = static_cast<int>(shape.heads_k),
         .group = static_cast<int>(shape.heads_per_key_head()),

@@ -20,6 +20,10 @@ __global__ void __launch_bounds__(Plan<kHeadDim, kKeys, kResident>::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char dynamic_memory[];
   auto& memory = *reinterpret_cast<typename P::Memory*>(dynamic_memory);
   if (threadIdx.x == 0) {
+    for (int i = 0; i < P::kShareSlots; ++i) {
+      mbarrier_init(shared_address(&memory.share_full[i]), 1);
+      mbarrier_init(shared_address(&memory.share_empty[i]), 1);
+    }
     for (int i = 0; i < P::kTileSlots; ++i) {
       mbarrier_init(shared_address(&memory.tile_full[i]), 32 + 1);
       mbarrier_init(shared_address(&memory.tile_empty[i]), 4);

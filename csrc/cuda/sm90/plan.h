@@ -38,15 +38,19 @@ struct Plan {
   static constexpr int kPanels = kHeadDim / 64;
   static constexpr int kQueryBytes = kRows * kHeadDim * 2;
   static constexpr int kKeyBytes = kKeys * kHeadDim * 2;
-  static constexpr int kQuerySlots = kHeadDim == 128 ? 6 : 8;
+  static constexpr int kQuerySlots = kHeadDim == 128 ? 4 : 8;
   static constexpr int kKeySlots = kKeyBytes == 32 * 1024 ? 2 : 4;
   static constexpr int kTileSlots = 8;
+  static constexpr int kShareSlots = 4;
 
   struct Memory {
     unsigned char keys[kKeySlots][kKeyBytes];
     unsigned char values[kKeySlots][kKeyBytes];
     unsigned char queries[kQuerySlots][kQueryBytes];
+    unsigned char results[4 * kConsumers][kQueryBytes / 4];  // of a consumer's warp, on their way out
     Tile tiles[kTileSlots];
+    int32_t shares[kShareSlots];  // that this CTA took; negative: no more
+    uint64_t share_full[kShareSlots], share_empty[kShareSlots];
     uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
     uint64_t query_full[kQuerySlots], query_empty[kQuerySlots];
     uint64_t key_full[kKeySlots], key_empty[kKeySlots];

@@ -1,5 +1,5 @@
-// The producer warpgroup of the past kernel. Warp 0 fetches the lists, warp 1 loads keys and values by TMA, and warps 2
-// and 3 gather queries by cp.async: none of them waits for what only another one needs.
+// The producer warpgroup of the past kernel. Warp 0 takes shares and fetches their lists, warp 1 loads keys and values
+// by TMA, and warps 2 and 3 gather queries by cp.async: none of them waits for what only another one needs.
 #pragma once
 
 #include "cuda/sm90/plan.h"
@@ -48,29 +48,58 @@ struct Producer {
     ring.advance();
   }
 
+  // The next share, or -1; warp 1 learns of it too.
+  __device__ __forceinline__ int take_share(Ring<P::kShareSlots>& ring) {
+    int share = 0;
+    if (lane() == 0) {
+      share = atomicAdd(schedule.tickets, 1);
+      if (share >= schedule.shares()) {
+        share = -1;
+        const unsigned ended = atomicInc(reinterpret_cast<unsigned*>(schedule.tickets + 1), gridDim.x - 1);
+        if (ended == gridDim.x - 1) schedule.tickets[0] = 0;  // all the others have asked for the last time
+      }
+      mbarrier_wait(shared_address(&memory.share_empty[ring.slot]), ring.phase ^ 1);
+      memory.shares[ring.slot] = share;
+      mbarrier_arrive(shared_address(&memory.share_full[ring.slot]));
+    }
+    ring.advance();
+    return __shfl_sync(0xffffffffu, share, 0);
+  }
+  __device__ __forceinline__ int next_share(Ring<P::kShareSlots>& ring) {
+    mbarrier_wait(shared_address(&memory.share_full[ring.slot]), ring.phase);
+    const int share = memory.shares[ring.slot];
+    __syncwarp();
+    if (lane() == 0) mbarrier_arrive(shared_address(&memory.share_empty[ring.slot]));
+    ring.advance();
+    return share;
+  }
+
   __device__ __forceinline__ void push_tiles() {
+    Ring<P::kShareSlots> shares;
     Ring<P::kTileSlots> ring;
     int number = 0;
-    for_each_share<kTogether>(p, schedule, [&](int local, const UnitLists& lists, int tile, int end) {
-      const int64_t unit_first = local * capacity(p.shape);
-      const uint32_t* entries = p.lists.entries + unit_first;
-      const int unit_k = static_cast<int>(p.lists.units_k.begin) + local;
-      const T* queries = static_cast<const T*>(p.q.data) + unit_k / schedule.heads_k * p.q.group +
-                         static_cast<int64_t>(unit_k % schedule.heads_k) * schedule.group * p.q.head;
-      for_each_item(lists, tile, end, [&](const Item& item) {
-        const int rounded = (item.tiles + kTogether - 1) / kTogether * kTogether;
+    for (int share; (share = take_share(shares)) >= 0;) {
+      for_each_part<kTogether>(p, schedule, share, [&](int local, const UnitLists& lists, int tile, int end) {
+        const int64_t unit_first = local * capacity(p.shape);
+        const uint32_t* entries = p.lists.entries + unit_first;
+        const int unit_k = static_cast<int>(p.lists.units_k.begin) + local;
+        const T* queries = static_cast<const T*>(p.q.data) + unit_k / schedule.heads_k * p.q.group +
+                           static_cast<int64_t>(unit_k % schedule.heads_k) * schedule.group * p.q.head;
+        for_each_item(lists, tile, end, [&](const Item& item) {
+          const int rounded = (item.tiles + kTogether - 1) / kTogether * kTogether;
 #pragma unroll 1
-        for (int t = 0; t < rounded; ++t) {
-          const int first = item.first_entry + t * kRows;
-          const int count = t < item.tiles ? min(kRows, item.list_end - first) : 0;
-          int releases = t + P::kConsumers >= item.tiles;
-          if (t + 1 == item.tiles) releases += max(P::kConsumers - item.tiles, 0);
-          const int from = min(first, item.list_end - 1);
-          push(ring, entries + from, max(count - 1, 0), queries, unit_first + first, count, number, releases);
-        }
-        ++number;
+          for (int t = 0; t < rounded; ++t) {
+            const int first = item.first_entry + t * kRows;
+            const int count = t < item.tiles ? min(kRows, item.list_end - first) : 0;
+            int releases = t + P::kConsumers >= item.tiles;
+            if (t + 1 == item.tiles) releases += max(P::kConsumers - item.tiles, 0);
+            const int from = min(first, item.list_end - 1);
+            push(ring, entries + from, max(count - 1, 0), queries, unit_first + first, count, number, releases);
+          }
+          ++number;
+        });
       });
-    });
+    }
     for (int i = 0; i < P::kConsumers; ++i) push(ring, nullptr, 0, nullptr, 0, 0, -1, 0);
     cp_async_wait_all();
   }
@@ -148,33 +177,39 @@ struct Producer {
   }
 
   __device__ __forceinline__ void load_keys_and_values() {
+    Ring<P::kShareSlots> shares;
     Ring<P::kKeySlots> ring;
     const Sequences sequences(p.shape);
-    for_each_share<kTogether>(p, schedule, [&](int local, const UnitLists& lists, int tile, int end) {
-      const int unit_k = static_cast<int>(p.lists.units_k.begin) + local;
-      const int head = unit_k % schedule.heads_k, group = unit_k / schedule.heads_k;
-      for_each_item(lists, tile, end, [&](const Item& item) {
-        const int begin = sequences.first_key(item.block);
-        const int visits = kResident ? 1 : (item.tiles + P::kConsumers - 1) / P::kConsumers;
-        for (int visit = 0; visit < visits; ++visit) {
-          for (int step = 0; step < (kResident ? 1 : schedule.steps); ++step, ring.advance()) {
-            const int key_begin = begin + step * kKeys;
-            const bool last = kResident || step + 1 == schedule.steps;
-            mbarrier_wait(shared_address(&memory.key_empty[ring.slot]), ring.phase ^ 1);
-            if (lane() == 0) {
-              load(map_k, memory.keys[ring.slot], &memory.key_full[ring.slot], P::kKeyBytes, key_begin, head, group);
+    for (int share; (share = next_share(shares)) >= 0;) {
+      for_each_part<kTogether>(p, schedule, share, [&](int local, const UnitLists& lists, int tile, int end) {
+        const int unit_k = static_cast<int>(p.lists.units_k.begin) + local;
+        const int head = unit_k % schedule.heads_k, group = unit_k / schedule.heads_k;
+        for_each_item(lists, tile, end, [&](const Item& item) {
+          const int begin = sequences.first_key(item.block);
+          const int visits = kResident ? 1 : (item.tiles + P::kConsumers - 1) / P::kConsumers;
+          for (int visit = 0; visit < visits; ++visit) {
+            for (int step = 0; step < (kResident ? 1 : schedule.steps); ++step, ring.advance()) {
+              load_step(ring, begin + step * kKeys, kResident || step + 1 == schedule.steps, head, group);
             }
-            mbarrier_wait(shared_address(&memory.value_empty[ring.slot]), ring.phase ^ 1);
-            if (last && schedule.last_keys < kKeys) clear_values(memory.values[ring.slot]);
-            if (lane() == 0) {
-              load(last ? map_last_v : map_v, memory.values[ring.slot], &memory.value_full[ring.slot],
-                   (last ? schedule.last_keys : kKeys) * kHeadDim * 2, key_begin, head, group);
-            }
-            __syncwarp();
           }
-        }
+        });
       });
-    });
+    }
+  }
+
+  __device__ __forceinline__ void load_step(const Ring<P::kKeySlots>& ring, int key_begin, bool last, int head,
+                                            int group) {
+    mbarrier_wait(shared_address(&memory.key_empty[ring.slot]), ring.phase ^ 1);
+    if (lane() == 0) {
+      load(map_k, memory.keys[ring.slot], &memory.key_full[ring.slot], P::kKeyBytes, key_begin, head, group);
+    }
+    mbarrier_wait(shared_address(&memory.value_empty[ring.slot]), ring.phase ^ 1);
+    if (last && schedule.last_keys < kKeys) clear_values(memory.values[ring.slot]);
+    if (lane() == 0) {
+      load(last ? map_last_v : map_v, memory.values[ring.slot], &memory.value_full[ring.slot],
+           (last ? schedule.last_keys : kKeys) * kHeadDim * 2, key_begin, head, group);
+    }
+    __syncwarp();
   }
 
   __device__ __forceinline__ void run() {

@@ -99,14 +99,44 @@ __device__ __forceinline__ float exp2_approximate(float x) {
   return y;
 }
 
+__device__ __forceinline__ void shared_store_16(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+// From shared memory, addresses and size multiples of 16. Written once and read once by a later kernel: the first to
+// leave the cache.
+__device__ __forceinline__ void bulk_store_streaming(void* to, uint32_t from, int bytes) {
+  constexpr uint64_t kEvictFirst = 0x12f0000000000000;
+  asm volatile(
+      "cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;\n"
+      "cp.async.bulk.commit_group;" ::"l"(to),
+      "r"(from), "r"(bytes), "l"(kEvictFirst)
+      : "memory");
+}
+// Until what this thread stores from may be written again; or until all is stored.
+__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
 // Written once and read once by a later kernel: the first to leave the cache.
 __device__ __forceinline__ void store_streaming(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
-// 16 bytes, of which the first `bytes` are read and the rest become zero.
-__device__ __forceinline__ void cp_async_16_or_zero(uint32_t to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+// 16 bytes at from + index * stride, or zeros for a negative index. In one piece: of a pointer that the compiler takes
+// apart it makes three instructions.
+__device__ __forceinline__ void cp_async_16_or_zero(uint32_t to, const void* from, int index, int stride) {
+  asm volatile(
+      "{\n"
+      ".reg .pred none;\n"
+      ".reg .b32 row;\n"
+      ".reg .b64 address;\n"
+      "setp.lt.s32 none, %2, 0;\n"
+      "max.s32 row, %2, 0;\n"
+      "mad.wide.s32 address, row, %3, %1;\n"
+      "cp.async.cg.shared.global.L2::128B [%0], [address], 16, none;\n"
+      "}" ::"r"(to),
+      "l"(from), "r"(index), "r"(stride)
+      : "memory");
 }
 
 // Address and size are multiples of 16.

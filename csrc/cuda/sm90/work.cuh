@@ -1,4 +1,4 @@
-// Which tiles of queries a CTA works on: a static share, so that no order depends on time. Called by whole warps.
+// Which tiles of queries a share has. Called by whole warps.
 #pragma once
 
 #include <cstdint>
@@ -45,29 +45,29 @@ struct UnitLists {
   }
 };
 
-// Calls f(local unit, lists, first tile, end tile) for this CTA's share.
+// Calls f(local unit, lists, first tile, end tile) for the tiles of a share, of which there are schedule.shares(): see
+// Schedule.
 template <int kTogether, class F>
-__device__ __forceinline__ void for_each_share(const PastParams& p, const Schedule& schedule, F f) {
-  const int units = static_cast<int>(p.lists.units_k.count), shares = static_cast<int>(gridDim.x);
-  int share = blockIdx.x;
-  for (int first = 0; first < units; first += schedule.pass_units) {
-    const int end = min(first + schedule.pass_units, units);
-    int total = 0;
+__device__ __forceinline__ void for_each_part(const PastParams& p, const Schedule& schedule, int share, F f) {
+  const int pass = min(share / schedule.pass_shares, schedule.passes - 1);
+  const int shares = pass + 1 < schedule.passes ? schedule.pass_shares : schedule.last_shares;
+  share -= pass * schedule.pass_shares;
+  const int units = static_cast<int>(p.lists.units_k.count), first = pass * schedule.pass_units;
+  const int end = min(first + schedule.pass_units, units);
+  int total = 0;
 #pragma unroll 4
-    for (int local = first; local < end; ++local) total += UnitLists(p, schedule, local).tiles();
-    const int each = total / shares, more = total % shares;
-    int from = share * each + min(share, more), to = from + each + (share < more);
-    for (int local = first; local < end && to > 0; ++local) {
-      const UnitLists lists(p, schedule, local);
-      const int tiles = lists.tiles();
-      if (from < tiles && from < to) {
-        const int begin = lists.cut<kTogether>(max(from, 0)), after = lists.cut<kTogether>(min(to, tiles));
-        if (begin < after) f(local, lists, begin, after);
-      }
-      from -= tiles;
-      to -= tiles;
+  for (int local = first; local < end; ++local) total += UnitLists(p, schedule, local).tiles();
+  const int each = total / shares, more = total % shares;
+  int from = share * each + min(share, more), to = from + each + (share < more);
+  for (int local = first; local < end && to > 0; ++local) {
+    const UnitLists lists(p, schedule, local);
+    const int tiles = lists.tiles();
+    if (from < tiles && from < to) {
+      const int begin = lists.cut<kTogether>(max(from, 0)), after = lists.cut<kTogether>(min(to, tiles));
+      if (begin < after) f(local, lists, begin, after);
     }
-    share = (share + 41) % shares;
+    from -= tiles;
+    to -= tiles;
   }
 }
 

@@ -1,0 +1,28 @@
+// What avx512.cpp has for machines with AVX-512 and its bfloat16 dot products (AMD Zen 4, Intel Cooper Lake and Sapphire
+// Rapids, and newer). Same contracts as in products.h.
+#pragma once
+
+#include "products.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+// Compiled for these instructions whatever the build's target is; `available` guards every call.
+#define MOBA_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+#else
+#define MOBA_AVX512
+#endif
+
+namespace moba::cpu::avx512 {
+
+bool available();
+
+template <typename U>
+MOBA_AVX512 void multiply(int64_t m, int64_t n, int64_t k, float alpha, Left<U> a, Right<U> b, Into into, Matrix<float> c);
+
+template <typename U>
+MOBA_AVX512 void to_probabilities(const Scores<float>& scores, float* maximum, float* sum, U* p, int64_t stride);
+
+template <typename U>
+MOBA_AVX512 void to_gradients(const Scores<float>& scores, Matrix<float> dp, const float* lse, const float* delta, float scale,
+                  const GradientOperands<U>& to);
+
+}  // namespace moba::cpu::avx512

@@ -79,6 +79,8 @@ struct Forward {
     const int64_t head_dim = problem.head_dim;
     int64_t visible[kPanelRows];
     for (int64_t i = 0; i < panel.count; ++i) visible[i] = panel.visible(i);
+    prefetch(panel.all(), sums.output, head_dim);
+    prefetch(panel.next(task), q, head_dim);
     const Left<U> queries = gather(panel, q, head_dim, static_cast<U*>(scratch.queries));
     const Scores<A> scores{{scratch.scores, kScoreStride}, panel.count, panel.keys, visible};
     multiply(panel.count, panel.keys, units<U>(head_dim), softmax_scale, queries, scratch.keys, Into::kEmpty,

@@ -103,6 +103,9 @@ struct Backward {
       // lse = -inf: the row saw no key with a finite score.
       visible[i] = row_lse[i] == -std::numeric_limits<A>::infinity() ? 0 : panel.visible(i);
     }
+    prefetch(panel.all(), dq, head_dim);
+    prefetch(panel.next(task), q, head_dim);
+    prefetch(panel.next(task), dout, head_dim);
     const Left<U> queries = gather(panel, q, head_dim, static_cast<U*>(scratch.queries));
     const Left<U> douts = gather(panel, dout, head_dim, static_cast<U*>(scratch.douts));
     const Right<U> query_terms = gather_terms(panel, q, head_dim, queries, static_cast<U*>(scratch.query_terms));

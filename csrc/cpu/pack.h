@@ -115,6 +115,17 @@ class RowTile {
   Right<U> operand_{};
 };
 
+// Starts to bring rows into the second-level cache. Queries that chose a block lie anywhere, so the hardware does not see
+// them coming.
+template <typename T>
+void prefetch(Queries queries, HeadRows<T> rows, int64_t head_dim) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (const Query* query = queries.begin; query < queries.end; ++query) {
+    const T* row = rows(query->head, query->row);
+    for (int64_t d = 0; d < head_dim; d += kLine) __builtin_prefetch(row + d, 1, 2);
+  }
+}
+
 // The rows of a panel: [queries, head_dim].
 template <typename U, typename T>
 Left<U> gather(const Panel& panel, HeadRows<const T> from, int64_t head_dim, U* to) {

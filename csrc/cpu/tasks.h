@@ -32,6 +32,11 @@ struct Panel {
     return diagonal ? std::clamp<int64_t>(sequence->position(queries[i].row) + 1 - key_begin, 0, keys) : keys;
   }
   Query last() const { return queries[count - 1]; }
+  Queries all() const { return {queries, queries + count}; }
+  // About those of the panel that will be next.
+  Queries next(const Task& task) const {
+    return {queries + count, std::min(queries + count + kPanelRows, task.queries.end)};
+  }
 };
 
 // Chains take turns in the list, so that threads meet in one chain only where there are more threads than chains. Tiles

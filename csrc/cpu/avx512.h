@@ -25,4 +25,8 @@ template <typename U>
 MOBA_AVX512 void to_gradients(const Scores<float>& scores, Matrix<float> dp, const float* lse, const float* delta, float scale,
                   const GradientOperands<U>& to);
 
+// Writes the indices of the `wanted` best of `count` scores, best first: of equal scores the later one, NaN after every
+// number. Takes up to 16 of up to 256 scores; returns false, and has written nothing, where it does not apply.
+MOBA_AVX512 bool best_of(const float* scores, int64_t count, int64_t wanted, int32_t* indices);
+
 }  // namespace moba::cpu::avx512

@@ -2,6 +2,7 @@
 // only its best. No gate tensor ever exists.
 #include <torch/library.h>
 
+#include "avx512.h"
 #include "pack.h"
 #include "vector_loops.h"
 
@@ -93,6 +94,13 @@ struct Best {
   }
 };
 
+// Where the machine can and all scores of a row are there.
+bool select_at_once(const float* scores, int64_t count, int64_t wanted, int32_t* blocks) {
+  return avx512::available() && avx512::best_of(scores, count, wanted, blocks);
+}
+
+bool select_at_once(const double*, int64_t, int64_t, int32_t*) { return false; }
+
 template <typename U, typename A>
 struct RouteScratch {
   RouteScratch(int64_t head_dim, int64_t slots)
@@ -130,7 +138,9 @@ void route_rows(const Problem& problem, const RouteTask& task, const Tensor& q, 
              Matrix<A>{scratch.gate, kBlocks});
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t visible = std::min<int64_t>(count, chosen[i * slots] - first);
-      scratch.best[i].offer_all(scratch.gate + i * kBlocks, visible, static_cast<int32_t>(first));
+      const A* gate = scratch.gate + i * kBlocks;
+      if (past <= kBlocks && select_at_once(gate, visible, slots - 1, chosen + i * slots + 1)) continue;
+      scratch.best[i].offer_all(gate, visible, static_cast<int32_t>(first));
     }
   }
 }

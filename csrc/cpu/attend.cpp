@@ -116,7 +116,8 @@ void attend_all(const Problem& problem, const Tensor& q, const Tensor& k, const 
   const auto tasks = cut_into_tasks(problem, lists);
   Turns turns(problem, tasks);
   // Outputs of the accumulation type are their own accumulators, and lse holds the maxima.
-  const Tensor output = std::is_same_v<T, A> ? out : at::empty(problem.per_query_shape(q, problem.head_dim), lse.options());
+  const Tensor output =
+      std::is_same_v<T, A> ? out : at::empty(problem.per_query_shape(q, problem.head_dim), lse.options());
   const Tensor sum = at::zeros_like(lse);
   output.zero_();
   lse.fill_(-std::numeric_limits<A>::infinity());

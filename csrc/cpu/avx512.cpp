@@ -1,20 +1,12 @@
+// The products and the softmax of a panel, in vectors of 16.
 #include "avx512.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-
-#include <immintrin.h>
+#include <ATen/Version.h>
 
 #include <limits>
 
 namespace moba::cpu::avx512 {
 namespace {
-
-constexpr int64_t kLanes = 16;
-
-// The first `count` lanes.
-MOBA_AVX512 inline __mmask16 first_lanes(int64_t count) {
-  return count >= kLanes ? __mmask16(0xffff) : __mmask16((1u << std::max<int64_t>(count, 0)) - 1);
-}
 
 MOBA_AVX512 inline __m512 multiply_add(float a, __m512 b, __m512 sum, float) {
   return _mm512_fmadd_ps(_mm512_set1_ps(a), b, sum);
@@ -63,7 +55,7 @@ template <typename U, int kVectors>
 MOBA_AVX512 void multiply_strip(int64_t m, int64_t k, float alpha, const float* a, int64_t row_stride,
                                 int64_t term_stride, const float* b, int64_t b_stride, Into into, float* c,
                                 int64_t c_stride, __mmask16 last) {
-#define MOBA_TILE(rows)                                                                                          \
+#define MOBA_TILE(rows)                                                                                      \
   multiply_tile<U, rows, kVectors>(k, alpha, a + i * row_stride, row_stride, term_stride, b, b_stride, into, \
                                    c + i * c_stride, c_stride, last)
   int64_t i = 0;
@@ -78,8 +70,8 @@ MOBA_AVX512 void multiply_strip(int64_t m, int64_t k, float alpha, const float* 
 #undef MOBA_TILE
 }
 
-// exp(x) for x <= 0 to about two units in the last place: 2^n times a polynomial in r, x log2(e) = n + r, |r| <= 1/2. NaN
-// stays NaN.
+// exp(x) for x <= 0 to about two units in the last place: 2^n times a polynomial in r, x log2(e) = n + r, |r| <= 1/2.
+// NaN stays NaN.
 MOBA_AVX512 inline __m512 exp_of_nonpositive(__m512 x) {
   // Far below what float32 holds; an infinity would make r NaN. The order of operands lets NaN through.
   x = _mm512_max_ps(_mm512_set1_ps(-110.0f), x);
@@ -142,21 +134,21 @@ MOBA_AVX512 inline void gradients_at(const GradientRow& row, int64_t key, __m512
 
 MOBA_AVX512 inline GradientRow gradient_row(const Scores<float>& scores, Matrix<float> dp, const float* lse,
                                             const float* delta, float scale, int64_t i) {
-  return {scores.matrix[i],          dp[i], _mm512_set1_ps(lse[i]), _mm512_set1_ps(delta[i]), _mm512_set1_ps(scale),
+  return {scores.matrix[i], dp[i], _mm512_set1_ps(lse[i]), _mm512_set1_ps(delta[i]), _mm512_set1_ps(scale),
           scores.visible[i]};
 }
 
 }  // namespace
 
 bool available() {
-  static const bool found = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                            __builtin_cpu_supports("avx512bf16");
+  // ATEN_CPU_CAPABILITY=default turns libtorch's own kernels back, and these too.
+  static const bool found = at::get_cpu_capability() == "AVX512" && __builtin_cpu_supports("avx512bf16");
   return found;
 }
 
 template <typename U>
-MOBA_AVX512 void multiply(int64_t m, int64_t n, int64_t k, float alpha, Left<U> left, Right<U> right, Into into, Matrix<float> c) {
+MOBA_AVX512 void multiply(int64_t m, int64_t n, int64_t k, float alpha, Left<U> left, Right<U> right, Into into,
+                          Matrix<float> c) {
   const float* a = reinterpret_cast<const float*>(left.data);
   for (int64_t column = 0; column < n; column += 4 * kLanes) {
     const int64_t columns = std::min(n - column, 4 * kLanes);
@@ -178,8 +170,7 @@ MOBA_AVX512 void to_probabilities(const Scores<float>& scores, float* maximum, f
     const int64_t visible = scores.visible[i];
     maximum[i] = largest(row, visible);
     // A row whose maximum is -inf has no finite score, and (-inf) - (-inf) would be NaN.
-    const __m512 shift =
-        _mm512_set1_ps(maximum[i] == -std::numeric_limits<float>::infinity() ? 0.0f : maximum[i]);
+    const __m512 shift = _mm512_set1_ps(maximum[i] == -std::numeric_limits<float>::infinity() ? 0.0f : maximum[i]);
     __m512 total = _mm512_setzero_ps();
     for (int64_t key = 0; key < scores.keys; key += kLanes) {
       const __mmask16 seen = first_lanes(visible - key);
@@ -238,5 +229,3 @@ template void to_probabilities(const Scores<float>&, float*, float*, float*, int
 template void to_probabilities(const Scores<float>&, float*, float*, Pair*, int64_t);
 
 }  // namespace moba::cpu::avx512
-
-#endif

@@ -1,21 +1,13 @@
-#include "avx512.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
-
-#include <immintrin.h>
-
+// Top-k of a row without branches on its scores.
 #include <bit>
 #include <limits>
+
+#include "avx512.h"
 
 namespace moba::cpu::avx512 {
 namespace {
 
-constexpr int64_t kLanes = 16;
 constexpr int32_t kNan = std::numeric_limits<int32_t>::min();
-
-MOBA_AVX512 inline __mmask16 first_lanes(int64_t count) {
-  return count >= kLanes ? __mmask16(0xffff) : __mmask16((1u << std::max<int64_t>(count, 0)) - 1);
-}
 
 // Integers in the order of the numbers: -0 equals 0, NaN is below everything.
 MOBA_AVX512 inline __m512i ordered(__m512 values) {
@@ -71,5 +63,3 @@ bool best_of(const float* scores, int64_t count, int64_t wanted, int32_t* indice
 }
 
 }  // namespace moba::cpu::avx512
-
-#endif

@@ -115,8 +115,8 @@ class RowTile {
   Right<U> operand_{};
 };
 
-// Starts to bring rows into the second-level cache. Queries that chose a block lie anywhere, so the hardware does not see
-// them coming.
+// Starts to bring rows into the second-level cache. Queries that chose a block lie anywhere, so the hardware does not
+// see them coming.
 template <typename T>
 void prefetch(Queries queries, HeadRows<T> rows, int64_t head_dim) {
   constexpr int64_t kLine = 64 / sizeof(T);

@@ -72,7 +72,8 @@ struct Problem {
 
   // The shape that `per_query` reads: that of q without head_dim, and `width` where it is given.
   std::vector<int64_t> per_query_shape(const Tensor& q, std::optional<int64_t> width = std::nullopt) const {
-    std::vector<int64_t> shape = packed ? std::vector{q.size(1), q.size(0)} : std::vector{q.size(0), q.size(1), q.size(2)};
+    std::vector<int64_t> shape =
+        packed ? std::vector{q.size(1), q.size(0)} : std::vector{q.size(0), q.size(1), q.size(2)};
     if (width) shape.push_back(*width);
     return shape;
   }

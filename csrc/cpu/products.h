@@ -78,8 +78,8 @@ struct GradientOperands {
   int64_t stride, rows_stride;
 };
 
-// p = exp(score - lse[i]) and ds = p (dp - delta[i]) scale; both 0 where masked. For units of one number the operands are
-// the scores and dp themselves.
+// p = exp(score - lse[i]) and ds = p (dp - delta[i]) scale; both 0 where masked. For units of one number the operands
+// are the scores and dp themselves.
 void to_gradients(const Scores<double>& scores, Matrix<double> dp, const double* lse, const double* delta, double scale,
                   const GradientOperands<double>& to);
 void to_gradients(const Scores<float>& scores, Matrix<float> dp, const float* lse, const float* delta, float scale,

@@ -54,8 +54,8 @@ inline std::vector<Task> cut_into_tasks(const Problem& problem, const RoutingLis
         for (int64_t tile = (end - begin - 1) / kTileKeys; tile >= 0; --tile) {
           const int64_t key_begin = begin + tile * kTileKeys;
           Queries all = lists.of(sequence, head_k, block);
-          all.begin = std::partition_point(
-              all.begin, all.end, [&](Query query) { return sequence.position(query.row) < key_begin; });
+          all.begin = std::partition_point(all.begin, all.end,
+                                           [&](Query query) { return sequence.position(query.row) < key_begin; });
           const int64_t count = all.end - all.begin;
           const int64_t parts = std::max<int64_t>(1, (count + most_queries - 1) / most_queries);
           for (int64_t part = 0; part < parts; ++part) {

@@ -60,9 +60,10 @@ class Turns {
   }
 
   int64_t heads_;
-  std::vector<int64_t> begin_;                   // of each chain in past_
-  std::vector<std::atomic<int64_t>> past_;       // for each task, a number that it has passed
-  std::vector<std::atomic<int64_t>> finished_;   // for each chain, how many of its first tasks are known to have finished
+  std::vector<int64_t> begin_;              // of each chain in past_
+  std::vector<std::atomic<int64_t>> past_;  // for each task, a number that it has passed
+  std::vector<std::atomic<int64_t>>
+      finished_;  // for each chain, how many of its first tasks are known to have finished
 };
 
 }  // namespace moba::cpu

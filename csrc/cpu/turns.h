@@ -2,6 +2,8 @@
 // here is that of the chain, whatever the threads do.
 #pragma once
 
+#include <immintrin.h>
+
 #include <atomic>
 #include <thread>
 
@@ -48,10 +50,12 @@ class Turns {
   int64_t number(Query query) const { return query.row * heads_ + query.head; }
 
   int64_t wait_until(int64_t task, int64_t wanted) const {
-    while (true) {
+    // Longer than a panel takes: on a busy machine a thread that yields loses more than it waits for.
+    constexpr int64_t kSpins = 20000;
+    for (int64_t spins = 1;; ++spins) {
       const int64_t past = past_[task].load(std::memory_order_acquire);
       if (past >= wanted) return past;
-      std::this_thread::yield();
+      spins % kSpins == 0 ? std::this_thread::yield() : _mm_pause();
     }
   }
 

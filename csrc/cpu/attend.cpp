@@ -1,105 +1,158 @@
-// Attention over a given routing on the CPU, forward: online softmax, one block of keys after the other, each over the
-// gathered queries that chose it.
-#include <ATen/Dispatch.h>
+// Attention over a given routing on the CPU, forward: for each tile of keys, scores, softmax and output of the queries
+// that chose it, merged into what the queries have from other tiles.
 #include <ATen/OpMathType.h>
 #include <torch/library.h>
 
-#include <limits>
+#include <cmath>
 
 #include "operators.h"
-#include "panels.h"
+#include "pack.h"
+#include "turns.h"
+#include "vector_loops.h"
 
 namespace moba::cpu {
 namespace {
 
-template <typename T, typename A>
+constexpr int64_t kScoreStride = kTileKeys + 16;
+
+template <typename T, typename U, typename A>
 struct ForwardScratch {
-  ForwardScratch(int64_t head_dim, int64_t rows)
+  explicit ForwardScratch(int64_t head_dim)
       : keys(head_dim),
         values(head_dim),
-        queries(kPanelRows * head_dim),
-        scores(kPanelRows * kTileKeys),
-        product(kPanelRows * head_dim),
-        accumulated(rows * head_dim),
-        maximum(rows),
-        sum(rows) {}
-  Tile<T, A> keys, values;
-  Scratch<A> queries, scores, product;
-  Scratch<A> accumulated, maximum, sum;  // one entry for each query of the task
-  RoutingLists lists;
+        queries(kPanelRows * units<U>(head_dim)),
+        scores(kPanelRows * kScoreStride),
+        pairs(kTerms<U> == 1 ? 0 : kPanelRows * kScoreStride),
+        output(kPanelRows * head_dim) {}
+  TransposedTile<T, U> keys;
+  RowTile<T, U> values;
+  Scratch<U> queries;
+  Scratch<A> scores;
+  Scratch<U> pairs;
+  Scratch<A> output;
+  // Probabilities: units of one number take the place of the scores.
+  U* probabilities() const {
+    if constexpr (std::is_same_v<U, A>) return scores;
+    return pairs;
+  }
 };
 
-template <typename T, typename A>
+// What a query has from the tiles that it met so far: the numerator and denominator of its softmax, both over
+// exp(maximum).
+template <typename A>
+struct Sums {
+  HeadRows<A> output, maximum, sum;
+};
+
+template <typename T, typename U, typename A>
 struct Forward {
   const Problem& problem;
   const Task& task;
-  Rows<const T> q, k, v;
+  HeadRows<const T> q;
+  Rows<const T> k, v;
   A softmax_scale;
-  ForwardScratch<T, A>& scratch;
+  Sums<A> sums;
+  Turns& turns;
+  ForwardScratch<T, U, A>& scratch;
+
+  void run() {
+    if (task.queries.begin == task.queries.end) return turns.finish(task);
+    scratch.keys.load(k, task.key_begin, task.keys);
+    scratch.values.load(v, task.key_begin, task.keys);
+    const bool finite = all_finite(v, task.key_begin, task.key_begin + task.keys, problem.head_dim);
+    for_each_panel(task, [&](const Panel& panel) {
+      // A masked value has probability 0, and 0 times an infinity would be NaN.
+      if (panel.diagonal && !finite) {
+        for_each_row(panel, [&](const Panel& row) {
+          scratch.values.load(v, row.key_begin, row.keys);
+          add(row);
+        });
+        scratch.values.load(v, task.key_begin, task.keys);
+      } else {
+        add(panel);
+      }
+      turns.pass(task, panel.last());
+    });
+    turns.finish(task);
+  }
 
   void add(const Panel& panel) {
-    // A future value times a zero probability would be NaN if the value is not finite: then one row at a time.
-    if (panel.diagonal && panel.count > 1 && !scratch.values.finite(panel.visible(0), panel.keys)) {
-      cut_into_panels(panel, panel.rows, panel.rows + panel.count, 1, [&](const Panel& row) { add(row); });
-      return;
-    }
     const int64_t head_dim = problem.head_dim;
-    gather(panel, q, head_dim, static_cast<A*>(scratch.queries));
-    multiply<A>(Transpose::kNo, Transpose::kYes, panel.count, panel.keys, head_dim, softmax_scale,
-                {scratch.queries, head_dim}, scratch.keys.matrix(), 0, {scratch.scores, kTileKeys});
-    A decay[kPanelRows];
-    for (int64_t i = 0; i < panel.count; ++i) decay[i] = to_probabilities(panel, i);
-    multiply<A>(Transpose::kNo, Transpose::kNo, panel.count, head_dim, panel.keys, 1, {scratch.scores, kTileKeys},
-                scratch.values.matrix(), 0, {scratch.product, head_dim});
-    for (int64_t i = 0; i < panel.count; ++i) {
-      A* to = scratch.accumulated + (panel.rows[i] - task.begin) * head_dim;
-      const A* from = scratch.product + i * head_dim;
-      for (int64_t d = 0; d < head_dim; ++d) to[d] = to[d] * decay[i] + from[d];
-    }
+    int64_t visible[kPanelRows];
+    for (int64_t i = 0; i < panel.count; ++i) visible[i] = panel.visible(i);
+    prefetch(panel.all(), sums.output, head_dim);
+    prefetch(panel.next(task), q, head_dim);
+    const Left<U> queries = gather(panel, q, head_dim, static_cast<U*>(scratch.queries));
+    const Scores<A> scores{{scratch.scores, kScoreStride}, panel.count, panel.keys, visible};
+    multiply(panel.count, panel.keys, units<U>(head_dim), softmax_scale, queries, scratch.keys, Into::kEmpty,
+             scores.matrix);
+    A maximum[kPanelRows], sum[kPanelRows];
+    constexpr int64_t stride = kScoreStride / kTerms<U>;
+    to_probabilities(scores, maximum, sum, scratch.probabilities(), stride);
+    const Matrix<A> output{scratch.output, head_dim};
+    multiply(panel.count, head_dim, units<U>(panel.keys), A(1), Left<U>{scratch.probabilities(), stride, 1},
+             scratch.values, Into::kEmpty, output);
+    turns.wait(task, panel.last());
+    for (int64_t i = 0; i < panel.count; ++i) merge(panel.queries[i], maximum[i], sum[i], output[i]);
   }
 
-  // Row i of the scores becomes exp(score - maximum), 0 where masked; returns what earlier sums shrink by.
-  A to_probabilities(const Panel& panel, int64_t i) {
-    const int64_t row = panel.rows[i] - task.begin, visible = panel.visible(i);
-    A* scores = scratch.scores + i * kTileKeys;
-    const A before = scratch.maximum[row], now = std::max(before, largest(scores, visible));
-    // A row whose maximum is -inf has no finite score yet, and (-inf) - (-inf) would be NaN.
+  void merge(Query query, A maximum, A sum, const A* output) {
+    A& maximum_before = *sums.maximum(query.head, query.row);
+    A& total = *sums.sum(query.head, query.row);
+    const A now = std::max(maximum_before, maximum);
+    // (-inf) - (-inf) would be NaN.
     const A shift = now == -std::numeric_limits<A>::infinity() ? A(0) : now;
-    const A decay = std::exp(before - shift);
-    scratch.sum[row] = scratch.sum[row] * decay + exp_minus(scores, visible, shift);
-    scratch.maximum[row] = now;
-    std::fill(scores + visible, scores + panel.keys, A(0));
-    return decay;
-  }
-
-  void run(const int32_t* route, int64_t slots, Rows<T> out, A* lse) {
-    const int64_t head_dim = problem.head_dim, rows = task.end - task.begin;
-    std::fill_n(static_cast<A*>(scratch.accumulated), rows * head_dim, A(0));
-    std::fill_n(static_cast<A*>(scratch.maximum), rows, -std::numeric_limits<A>::infinity());
-    std::fill_n(static_cast<A*>(scratch.sum), rows, A(0));
-    scratch.lists.build(problem, task, route, slots);
-    for_each_panel(
-        problem, *task.sequence, scratch.lists,
-        [&](int64_t begin, int64_t count) {
-          scratch.keys.load(k, begin, count);
-          scratch.values.load(v, begin, count);
-        },
-        [&](const Panel& panel) { add(panel); });
-    for (int64_t row = 0; row < rows; ++row) {
-      const A sum = scratch.sum[row];
-      const A* from = scratch.accumulated + row * head_dim;
-      T* to = out[task.begin + row];
-      // Nothing seen: output 0, lse -inf.
-      const A scale = sum == 0 ? A(0) : 1 / sum;
-      for (int64_t d = 0; d < head_dim; ++d) to[d] = static_cast<T>(from[d] * scale);
-      lse[task.begin + row] = scratch.maximum[row] + std::log(sum);
-    }
+    const A before = std::exp(maximum_before - shift), added = std::exp(maximum - shift);
+    total = total * before + sum * added;
+    maximum_before = now;
+    scale_and_add(sums.output(query.head, query.row), before, output, added, problem.head_dim);
   }
 };
 
-// About 32 tasks for the whole call, so that any number of cores finds work, within bounds that keep panels full and
-// the accumulators in cache.
-int64_t rows_per_task(const Problem& problem) { return std::clamp<int64_t>(total_rows(problem) / 32, 256, 4096); }
+template <typename T, typename U>
+void attend_all(const Problem& problem, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& route,
+                double softmax_scale, const Tensor& out, const Tensor& lse) {
+  using A = Accumulated<U>;
+  const RoutingLists lists(problem, route);
+  const auto tasks = cut_into_tasks(problem, lists);
+  Turns turns(problem, tasks);
+  // Outputs of the accumulation type are their own accumulators, and lse holds the maxima.
+  const Tensor output =
+      std::is_same_v<T, A> ? out : at::empty(problem.per_query_shape(q, problem.head_dim), lse.options());
+  const Tensor sum = at::zeros_like(lse);
+  output.zero_();
+  lse.fill_(-std::numeric_limits<A>::infinity());
+  const auto sums_of = [&](const Sequence& sequence) -> Sums<A> {
+    return {std::is_same_v<T, A> ? problem.queries_of<A>(output, sequence)
+                                 : problem.per_query<A>(output, sequence, problem.head_dim),
+            problem.per_query<A>(lse, sequence), problem.per_query<A>(sum, sequence)};
+  };
+  for_each_task(
+      tasks.size(), [&] { return ForwardScratch<T, U, A>(problem.head_dim); },
+      [&](int64_t i, ForwardScratch<T, U, A>& scratch) {
+        const Task& task = tasks[i];
+        Forward<T, U, A>{.problem = problem,
+                         .task = task,
+                         .q = problem.queries_of<const T>(q, *task.sequence),
+                         .k = problem.keys_of<const T>(k, *task.sequence, task.head_k),
+                         .v = problem.keys_of<const T>(v, *task.sequence, task.head_k),
+                         .softmax_scale = static_cast<A>(softmax_scale),
+                         .sums = sums_of(*task.sequence),
+                         .turns = turns,
+                         .scratch = scratch}
+            .run();
+      });
+  for_each_query(problem, [&](const Sequence& sequence, int64_t head, int64_t row) {
+    const Sums<A> sums = sums_of(sequence);
+    const A total = *sums.sum(head, row);
+    const A* from = sums.output(head, row);
+    T* to = problem.queries_of<T>(out, sequence)(head, row);
+    // Nothing seen: output 0, lse -inf.
+    const A scale = total == 0 ? A(0) : 1 / total;
+    for (int64_t d = 0; d < problem.head_dim; ++d) to[d] = static_cast<T>(from[d] * scale);
+    *sums.maximum(head, row) += std::log(total);
+  });
+}
 
 std::tuple<Tensor, Tensor> attend(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any,
                                   const Tensor& route_any, const OptionalTensor& cu_seqlens_q,
@@ -110,31 +163,10 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q_any, const Tensor& k_any, cons
   const Tensor route = with_slots(route_any, q_any, k_any, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
                                   block_size);
   const Problem problem = make_problem(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size);
-  const int64_t slots = route.size(-1), rows = rows_per_task(problem);
   const Tensor out = at::empty_like(q);
-  const auto shape = route.sizes();
-  const Tensor lse = at::empty(shape.slice(0, shape.size() - 1), at::dtype(at::toOpMathType(q.scalar_type())));
-  const auto tasks = cut_into_tasks(problem, rows);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, q.scalar_type(), "moba::_attend", [&] {
-    using T = scalar_t;
-    using A = at::opmath_type<T>;
-    for_each_task(
-        tasks.size(), [&] { return ForwardScratch<T, A>(problem.head_dim, rows); },
-        [&](int64_t i, ForwardScratch<T, A>& scratch) {
-          const Task& task = tasks[i];
-          const Sequence& sequence = *task.sequence;
-          const int64_t head_k = task.head / problem.group();
-          Forward<T, A> forward{.problem = problem,
-                                .task = task,
-                                .q = problem.rows<const T>(q, sequence, task.head, /*keys=*/false),
-                                .k = problem.rows<const T>(k, sequence, head_k, /*keys=*/true),
-                                .v = problem.rows<const T>(v, sequence, head_k, /*keys=*/true),
-                                .softmax_scale = static_cast<A>(softmax_scale),
-                                .scratch = scratch};
-          forward.run(problem.per_query<const int32_t>(route, sequence, task.head, slots), slots,
-                      problem.rows<T>(out, sequence, task.head, /*keys=*/false),
-                      problem.per_query<A>(lse, sequence, task.head));
-        });
+  const Tensor lse = at::empty(problem.per_query_shape(q), at::dtype(at::toOpMathType(q.scalar_type())));
+  with_types(q.scalar_type(), [&](auto element, auto unit) {
+    attend_all<decltype(element), decltype(unit)>(problem, q, k, v, route, softmax_scale, out, lse);
   });
   return {out, lse};
 }

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "../check.h"
@@ -16,6 +18,14 @@ struct Rows {
   T* data;
   int64_t stride;
   T* operator[](int64_t row) const { return data + row * stride; }
+};
+
+// The rows of all query heads of a sequence.
+template <typename T>
+struct HeadRows {
+  T* data;
+  int64_t head_stride, row_stride;
+  T* operator()(int64_t head, int64_t row) const { return data + head * head_stride + row * row_stride; }
 };
 
 // One sequence of the batch. Query i stands at position seqlen_k - seqlen_q + i.
@@ -36,24 +46,36 @@ struct Problem {
   int64_t group() const { return heads / heads_k; }
   int64_t blocks_of(const Sequence& sequence) const { return (sequence.seqlen_k + block_size - 1) / block_size; }
 
-  // Head `head` of `sequence` in q, k, v or a tensor of the same layout.
+  // Head `head` of `sequence` in k, v or a tensor of the same layout.
   template <typename T>
-  Rows<T> rows(const Tensor& tensor, const Sequence& sequence, int64_t head, bool keys) const {
-    T* data = static_cast<T*>(tensor.data_ptr());
-    if (packed) {
-      return {data + (keys ? sequence.begin_k : sequence.begin_q) * tensor.stride(0) + head * tensor.stride(1),
-              tensor.stride(0)};
-    }
-    return {data + sequence.index * tensor.stride(0) + head * tensor.stride(1), tensor.stride(2)};
+  Rows<T> keys_of(const Tensor& tensor, const Sequence& sequence, int64_t head) const {
+    T* data = static_cast<T*>(tensor.data_ptr()) + head * tensor.stride(1);
+    if (packed) return {data + sequence.begin_k * tensor.stride(0), tensor.stride(0)};
+    return {data + sequence.index * tensor.stride(0), tensor.stride(2)};
   }
 
-  // The entries of one head and sequence in a contiguous [batch, heads, seqlen_q(, width)] or
-  // [heads, tokens_q(, width)] tensor: lse, dlse, route.
+  // All heads of `sequence` in q or a tensor of the same layout.
   template <typename T>
-  T* per_query(const Tensor& tensor, const Sequence& sequence, int64_t head, int64_t width = 1) const {
+  HeadRows<T> queries_of(const Tensor& tensor, const Sequence& sequence) const {
     T* data = static_cast<T*>(tensor.data_ptr());
-    if (packed) return data + (head * tensor.size(1) + sequence.begin_q) * width;
-    return data + (sequence.index * heads + head) * sequence.seqlen_q * width;
+    if (packed) return {data + sequence.begin_q * tensor.stride(0), tensor.stride(1), tensor.stride(0)};
+    return {data + sequence.index * tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  }
+
+  // The same in a contiguous [batch, heads, seqlen_q(, width)] or [heads, tokens_q(, width)] tensor: lse, dlse, route.
+  template <typename T>
+  HeadRows<T> per_query(const Tensor& tensor, const Sequence& sequence, int64_t width = 1) const {
+    T* data = static_cast<T*>(tensor.data_ptr());
+    if (packed) return {data + sequence.begin_q * width, tensor.size(1) * width, width};
+    return {data + sequence.index * heads * sequence.seqlen_q * width, sequence.seqlen_q * width, width};
+  }
+
+  // The shape that `per_query` reads: that of q without head_dim, and `width` where it is given.
+  std::vector<int64_t> per_query_shape(const Tensor& q, std::optional<int64_t> width = std::nullopt) const {
+    std::vector<int64_t> shape =
+        packed ? std::vector{q.size(1), q.size(0)} : std::vector{q.size(0), q.size(1), q.size(2)};
+    if (width) shape.push_back(*width);
+    return shape;
   }
 };
 
@@ -93,30 +115,14 @@ inline Problem make_problem(const Tensor& q, const Tensor& k, const OptionalTens
   return problem;
 }
 
-// A run of query rows of one head: what one thread works on. How rows are cut depends on shapes alone, never on the
-// number of threads, so results do not either.
-struct Task {
-  const Sequence* sequence;
-  int64_t head;        // query head
-  int64_t begin, end;  // query rows
-};
-
-inline std::vector<Task> cut_into_tasks(const Problem& problem, int64_t rows_per_task) {
-  std::vector<Task> tasks;
+// Runs body(sequence, head, row) for each query.
+template <typename Body>
+void for_each_query(const Problem& problem, const Body& body) {
   for (const Sequence& sequence : problem.sequences) {
-    for (int64_t head = 0; head < problem.heads; ++head) {
-      for (int64_t begin = 0; begin < sequence.seqlen_q; begin += rows_per_task) {
-        tasks.push_back({&sequence, head, begin, std::min(begin + rows_per_task, sequence.seqlen_q)});
-      }
-    }
+    at::parallel_for(0, problem.heads * sequence.seqlen_q, 1024, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(sequence, i / sequence.seqlen_q, i % sequence.seqlen_q);
+    });
   }
-  return tasks;
-}
-
-inline int64_t total_rows(const Problem& problem) {
-  int64_t rows = 0;
-  for (const Sequence& sequence : problem.sequences) rows += sequence.seqlen_q;
-  return rows * problem.heads;
 }
 
 }  // namespace moba::cpu

@@ -1,24 +1,32 @@
 // Routing on the CPU: block means, then gate scores of 128 queries against 256 means at a time, of which each row keeps
 // only its best. No gate tensor ever exists.
-#include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
 #include <torch/library.h>
 
-#include "linear_algebra.h"
-#include "parallel.h"
-#include "problem.h"
+#include "avx512.h"
+#include "pack.h"
+#include "vector_loops.h"
 
 namespace moba::cpu {
 namespace {
 
 constexpr int64_t kRows = 128, kBlocks = 256;
 
-// means [heads_k, blocks of all sequences, head_dim]; only complete blocks are ever read.
-template <typename T, typename A>
-Tensor block_means(const Problem& problem, const Tensor& k) {
-  Tensor means =
-      at::empty({problem.heads_k, problem.blocks, problem.head_dim},
-                k.options().dtype(c10::CppTypeToScalarType<A>::value).memory_format(at::MemoryFormat::Contiguous));
+// Block means as right operands [head_dim, blocks of all sequences], one for each head of k. Only complete blocks are
+// ever read.
+template <typename U>
+struct Means {
+  Tensor memory;
+  int64_t head_dim, blocks;
+  Right<U> of(int64_t head, int64_t block) const {
+    return {static_cast<const U*>(memory.const_data_ptr()) + head * units<U>(head_dim) * blocks + block, blocks};
+  }
+};
+
+template <typename T, typename U>
+Means<U> block_means(const Problem& problem, const Tensor& k) {
+  using A = Accumulated<U>;
+  const int64_t head_dim = problem.head_dim, bytes = problem.heads_k * units<U>(head_dim) * problem.blocks * sizeof(U);
+  const Means<U> means{at::empty({bytes}, at::dtype(at::kByte)), head_dim, problem.blocks};
   struct Block {
     const Sequence* sequence;
     int64_t head, block;
@@ -32,18 +40,21 @@ Tensor block_means(const Problem& problem, const Tensor& k) {
     }
   }
   at::parallel_for(0, blocks.size(), std::max<int64_t>(1, 4096 / problem.block_size), [&](int64_t begin, int64_t end) {
+    std::vector<A> sum(head_dim);
+    std::vector<T> mean(head_dim);
     for (int64_t i = begin; i < end; ++i) {
       const auto [sequence, head, block] = blocks[i];
-      const auto keys = problem.rows<const T>(k, *sequence, head, /*keys=*/true);
-      A* mean = means.data_ptr<A>() + (head * problem.blocks + sequence->first_block + block) * problem.head_dim;
-      std::fill_n(mean, problem.head_dim, A(0));
+      const auto keys = problem.keys_of<const T>(k, *sequence, head);
+      std::fill(sum.begin(), sum.end(), A(0));
       for (int64_t row = block * problem.block_size; row < (block + 1) * problem.block_size; ++row) {
         const T* key = keys[row];
-        for (int64_t d = 0; d < problem.head_dim; ++d) mean[d] += static_cast<A>(key[d]);
+        for (int64_t d = 0; d < head_dim; ++d) sum[d] += static_cast<A>(key[d]);
       }
       // Rounded to the dtype of k, as the authors' reference does: it decides about 3 % of bf16 rows.
-      for (int64_t d = 0; d < problem.head_dim; ++d) {
-        mean[d] = static_cast<A>(static_cast<T>(mean[d] / static_cast<A>(problem.block_size)));
+      for (int64_t d = 0; d < head_dim; ++d) mean[d] = static_cast<T>(sum[d] / static_cast<A>(problem.block_size));
+      const Right<U> column = means.of(head, sequence->first_block + block);
+      for (int64_t unit = 0; unit < units<U>(head_dim); ++unit) {
+        const_cast<U*>(column.data)[unit * column.stride] = unit_of<U>(mean.data(), unit, head_dim);
       }
     }
   });
@@ -83,37 +94,53 @@ struct Best {
   }
 };
 
-template <typename A>
+// Where the machine can and all scores of a row are there.
+bool select_at_once(const float* scores, int64_t count, int64_t wanted, int32_t* blocks) {
+  return avx512::available() && avx512::best_of(scores, count, wanted, blocks);
+}
+
+bool select_at_once(const double*, int64_t, int64_t, int32_t*) { return false; }
+
+template <typename U, typename A>
 struct RouteScratch {
   RouteScratch(int64_t head_dim, int64_t slots)
-      : queries(kRows * head_dim), gate(kRows * kBlocks), scores(kRows * slots) {}
-  Scratch<A> queries, gate, scores;
+      : queries(kRows * units<U>(head_dim)), gate(kRows * kBlocks), scores(kRows * slots), best(kRows) {}
+  Scratch<U> queries;
+  Scratch<A> gate, scores;
+  std::vector<Best<A>> best;
 };
 
-template <typename T, typename A>
-void route_rows(const Problem& problem, const Task& task, const Tensor& q, const Tensor& means, int64_t slots,
-                const Tensor& route, RouteScratch<A>& scratch) {
+// Some rows of one head.
+struct RouteTask {
+  const Sequence* sequence;
+  int64_t head, begin, end;
+};
+
+template <typename T, typename U, typename A>
+void route_rows(const Problem& problem, const RouteTask& task, const Tensor& q, const Means<U>& means, int64_t slots,
+                const Tensor& route, RouteScratch<U, A>& scratch) {
   const Sequence& sequence = *task.sequence;
   const int64_t head_dim = problem.head_dim, rows = task.end - task.begin;
-  const auto queries = problem.rows<const T>(q, sequence, task.head, /*keys=*/false);
-  int32_t* chosen = problem.per_query<int32_t>(route, sequence, task.head, slots) + task.begin * slots;
-  std::vector<Best<A>> best(rows);
+  const auto from = problem.queries_of<const T>(q, sequence);
+  int32_t* chosen = problem.per_query<int32_t>(route, sequence, slots)(task.head, task.begin);
+  const Left<U> queries{scratch.queries, units<U>(head_dim), 1};
   for (int64_t i = 0; i < rows; ++i) {
-    load_row(queries[task.begin + i], scratch.queries + i * head_dim, head_dim);
+    load_row(from(task.head, task.begin + i), scratch.queries + i * queries.row_stride, head_dim);
     std::fill_n(chosen + i * slots, slots, -1);
     chosen[i * slots] = static_cast<int32_t>(sequence.position(task.begin + i) / problem.block_size);
-    best[i] = {.scores = scratch.scores + i * slots, .blocks = chosen + i * slots + 1, .capacity = slots - 1};
+    scratch.best[i] = {.scores = scratch.scores + i * slots, .blocks = chosen + i * slots + 1, .capacity = slots - 1};
   }
   const int64_t past = slots > 1 ? sequence.position(task.end - 1) / problem.block_size : 0;
-  const A* mean =
-      means.const_data_ptr<A>() + (task.head / problem.group() * problem.blocks + sequence.first_block) * head_dim;
   for (int64_t first = 0; first < past; first += kBlocks) {
     const int64_t count = std::min(kBlocks, past - first);
-    multiply<A>(Transpose::kNo, Transpose::kYes, rows, count, head_dim, 1, {scratch.queries, head_dim},
-                {mean + first * head_dim, head_dim}, 0, {scratch.gate, kBlocks});
+    multiply(rows, count, units<U>(head_dim), A(1), queries,
+             means.of(task.head / problem.group(), sequence.first_block + first), Into::kEmpty,
+             Matrix<A>{scratch.gate, kBlocks});
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t visible = std::min<int64_t>(count, chosen[i * slots] - first);
-      best[i].offer_all(scratch.gate + i * kBlocks, visible, static_cast<int32_t>(first));
+      const A* gate = scratch.gate + i * kBlocks;
+      if (past <= kBlocks && select_at_once(gate, visible, slots - 1, chosen + i * slots + 1)) continue;
+      scratch.best[i].offer_all(gate, visible, static_cast<int32_t>(first));
     }
   }
 }
@@ -124,17 +151,24 @@ Tensor route(const Tensor& q_any, const Tensor& k_any, const OptionalTensor& cu_
   check_route(q_any, k_any, cu_seqlens_q, cu_seqlens_k, block_size, slots);
   const Tensor q = with_contiguous_rows(q_any), k = with_contiguous_rows(k_any);
   const Problem problem = make_problem(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size);
-  const auto options = at::TensorOptions().dtype(at::kInt);
-  const Tensor route = problem.packed ? at::empty({q.size(1), q.size(0), slots}, options)
-                                      : at::empty({q.size(0), q.size(1), q.size(2), slots}, options);
-  const auto tasks = cut_into_tasks(problem, kRows);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, q.scalar_type(), "moba::_route", [&] {
-    using A = at::opmath_type<scalar_t>;
-    const Tensor means = block_means<scalar_t, A>(problem, k);
+  const Tensor route = at::empty(problem.per_query_shape(q, slots), at::dtype(at::kInt));
+  std::vector<RouteTask> tasks;
+  for (const Sequence& sequence : problem.sequences) {
+    for (int64_t head = 0; head < problem.heads; ++head) {
+      for (int64_t begin = 0; begin < sequence.seqlen_q; begin += kRows) {
+        tasks.push_back({&sequence, head, begin, std::min(begin + kRows, sequence.seqlen_q)});
+      }
+    }
+  }
+  with_types(q.scalar_type(), [&](auto element, auto unit) {
+    using T = decltype(element);
+    using U = decltype(unit);
+    using A = Accumulated<U>;
+    const Means<U> means = block_means<T, U>(problem, k);
     for_each_task(
-        tasks.size(), [&] { return RouteScratch<A>(problem.head_dim, slots); },
-        [&](int64_t i, RouteScratch<A>& scratch) {
-          route_rows<scalar_t, A>(problem, tasks[i], q, means, slots, route, scratch);
+        tasks.size(), [&] { return RouteScratch<U, A>(problem.head_dim, slots); },
+        [&](int64_t i, RouteScratch<U, A>& scratch) {
+          route_rows<T, U, A>(problem, tasks[i], q, means, slots, route, scratch);
         });
   });
   return route;

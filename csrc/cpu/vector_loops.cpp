@@ -1,68 +1,17 @@
-// The loops between the matrix products. Each is compiled for AVX-512, AVX2 and the baseline; the loader picks one.
+// Each loop is compiled for AVX-512, AVX2 and the baseline; the loader picks one.
+#include "vector_loops.h"
+
 #include <algorithm>
-#include <bit>
 #include <limits>
 
-#include "linear_algebra.h"
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define MOBA_VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define MOBA_VECTORISED
-#endif
-
 namespace moba::cpu {
-namespace {
 
-// exp(x) for x <= 0 to about one unit in the last place; NaN stays NaN, anything below the normal range gives 0.
-// 2^n * polynomial(r) with x = n ln2 + r, |r| <= ln2 / 2; the rounding to n adds 1.5 * 2^23, whose low mantissa bits
-// are then n itself.
-[[gnu::always_inline]] inline float exp_of_nonpositive(float x) {
-  constexpr float kLog2e = 1.44269504088896341f, kLn2High = 0.693145751953125f, kLn2Low = 1.42860682030941723e-6f;
-  constexpr float kRound = 12582912.0f, kSmallest = -87.33654f;
-  const float shifted = x * kLog2e + kRound;
-  const float n = shifted - kRound;
-  const float r = (x - n * kLn2High) - n * kLn2Low;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const float power = std::bit_cast<float>((std::bit_cast<int32_t>(shifted) + 127) << 23);
-  return x < kSmallest ? 0.0f : p * power;
+MOBA_VECTORISED void scale_and_add(float* to, float scale, const float* from, float factor, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = to[i] * scale + from[i] * factor;
 }
 
-}  // namespace
-
-MOBA_VECTORISED float exp_minus(float* values, int64_t count, float shift) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) {
-    values[i] = exp_of_nonpositive(values[i] - shift);
-    sum += values[i];
-  }
-  return sum;
-}
-
-double exp_minus(double* values, int64_t count, double shift) {
-  double sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += values[i] = std::exp(values[i] - shift);
-  return sum;
-}
-
-MOBA_VECTORISED float largest(const float* values, int64_t count) {
-  float best = -std::numeric_limits<float>::infinity();
-#pragma omp simd reduction(max : best)
-  for (int64_t i = 0; i < count; ++i) best = values[i] > best ? values[i] : best;
-  return best;
-}
-
-double largest(const double* values, int64_t count) {
-  double best = -std::numeric_limits<double>::infinity();
-  for (int64_t i = 0; i < count; ++i) best = values[i] > best ? values[i] : best;
-  return best;
+void scale_and_add(double* to, double scale, const double* from, double factor, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = to[i] * scale + from[i] * factor;
 }
 
 namespace {
@@ -124,14 +73,6 @@ MOBA_VECTORISED int64_t find_reaching(const float* values, int64_t count, float 
 
 int64_t find_reaching(const double* values, int64_t count, double bound, int32_t* indices) {
   return collect_reaching(values, count, bound, indices);
-}
-
-MOBA_VECTORISED void softmax_gradient(const float* p, float* dp, int64_t count, float shift, float scale) {
-  for (int64_t i = 0; i < count; ++i) dp[i] = p[i] * (dp[i] - shift) * scale;
-}
-
-void softmax_gradient(const double* p, double* dp, int64_t count, double shift, double scale) {
-  for (int64_t i = 0; i < count; ++i) dp[i] = p[i] * (dp[i] - shift) * scale;
 }
 
 }  // namespace moba::cpu

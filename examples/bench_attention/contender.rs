@@ -8,7 +8,7 @@ use tch::Tensor;
 use tch_moba::{
     MobaConfig,
     dispatch::{Value, call},
-    full_attention, moba_attention,
+    full_attention, moba_attention, route,
 };
 
 use crate::{data::Inputs, name};
@@ -27,6 +27,8 @@ pub enum Impl {
 pub enum Pass {
     Forward,
     ForwardBackward,
+    /// Block means, gate and top-k: the part of forward that chooses. MoBA only.
+    Route,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -83,6 +85,10 @@ impl Contender {
     pub fn run(&self, pass: Pass, inputs: &Inputs) -> Result<Vec<Tensor>> {
         match pass {
             Pass::Forward => Ok(vec![tch::no_grad(|| self.forward(&inputs.q, &inputs.k, &inputs.v))?]),
+            Pass::Route => {
+                let config = self.config.context("only MoBA has a routing")?;
+                Ok(vec![tch::no_grad(|| route(&inputs.q, &inputs.k, &config))?])
+            }
             Pass::ForwardBackward => {
                 let (out, gradients) = self.forward_backward(inputs)?;
                 Ok(std::iter::once(out).chain(gradients).collect())

@@ -13,6 +13,7 @@ mod contender;
 mod data;
 mod machine;
 mod memory;
+mod rates;
 mod report;
 mod timer;
 
@@ -74,6 +75,10 @@ struct Arguments {
     /// Ends with MoBA's ratio to the fastest dense contender.
     #[arg(long)]
     summary: bool,
+    /// Ends with MoBA's rate of useful operations beside that of the fastest dense contender, and its memory beyond inputs
+    /// and outputs.
+    #[arg(long)]
+    rates: bool,
     /// Leaves peak memory out; each of its measurements costs one more run.
     #[arg(long)]
     skip_memory: bool,
@@ -193,6 +198,9 @@ fn run(arguments: &Arguments) -> Result<()> {
     if arguments.summary {
         report.print_summary();
     }
+    if arguments.rates {
+        report.print_rates();
+    }
     Ok(())
 }
 
@@ -214,7 +222,7 @@ fn measure(arguments: &Arguments, seqlen: i64, timer: &Timer, report: &mut Repor
             }
             Err(error) => return Err(error),
         }
-        for &pass in &arguments.pass {
+        for &pass in arguments.pass.iter().filter(|&&pass| pass != Pass::Route || contender.kind == Impl::Moba) {
             rows.push((contender, arguments.row(seqlen, &contender, pass)));
         }
     }

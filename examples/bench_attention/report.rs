@@ -37,7 +37,7 @@ const HEADER: &str =
 
 impl Row {
     /// Median, least and greatest time.
-    fn times(&self) -> (f64, f64, f64) {
+    pub fn times(&self) -> (f64, f64, f64) {
         let mut times = self.times_ms.clone();
         times.sort_by(f64::total_cmp);
         let median = (times[(times.len() - 1) / 2] + times[times.len() / 2]) / 2.0;
@@ -58,14 +58,14 @@ impl Row {
         )
     }
 
-    fn label(&self) -> String {
+    pub fn label(&self) -> String {
         self.moba.map_or_else(|| name(&self.kind), |config| format!("{} {config}", name(&self.kind)))
     }
 }
 
 pub struct Report {
     csv: Option<BufWriter<File>>,
-    rows: Vec<Row>,
+    pub rows: Vec<Row>,
 }
 
 impl Report {
@@ -95,14 +95,18 @@ impl Report {
         Ok(())
     }
 
-    /// Each MoBA measurement beside the fastest dense one of the same shape and pass.
+    /// The fastest dense measurement of the same shape and pass.
+    pub fn dense(&self, row: &Row) -> Option<&Row> {
+        let same = |other: &&Row| other.moba.is_none() && other.seqlen == row.seqlen && other.pass == row.pass;
+        self.rows.iter().filter(same).min_by(|a, b| a.times().0.total_cmp(&b.times().0))
+    }
+
+    /// Each MoBA measurement beside the fastest dense one.
     pub fn print_summary(&self) {
         println!();
-        for row in self.rows.iter().filter(|row| row.moba.is_some()) {
-            let same = |other: &&Row| other.moba.is_none() && other.seqlen == row.seqlen && other.pass == row.pass;
-            let dense = self.rows.iter().filter(same).min_by(|a, b| a.times().0.total_cmp(&b.times().0));
+        for row in self.rows.iter().filter(|row| row.moba.is_some() && row.pass != Pass::Route) {
             let (label, pass, ms) = (row.label(), name(&row.pass), row.times().0);
-            match dense {
+            match self.dense(row) {
                 Some(dense) => println!(
                     "{label}, {} tokens, {pass}: {ms:.1} ms, full attention ({}) {:.1} ms, ratio {:.2} (full / MoBA)",
                     row.seqlen,

@@ -2,10 +2,10 @@
 
 use std::thread;
 
-use tch::Kind;
+use tch::{Device, Kind};
 use tch_moba::{moba_attention, moba_attention_with_lse};
 
-use crate::kit::{Case, Results, assert_same_bits, devices};
+use crate::kit::{Case, KINDS, Results, assert_same_bits, devices};
 
 #[test]
 fn the_same_bits_as_alone() {
@@ -33,6 +33,28 @@ fn the_same_bits_as_alone() {
             let together = thread.join().unwrap();
             for ((name, a), (_, b)) in together.named().iter().zip(alone.named()) {
                 assert_same_bits(&format!("{name} on {device:?}"), a, b);
+            }
+        }
+    }
+}
+
+/// Long enough that several threads share a head, with blocks of several tiles and with many queries for one block.
+#[test]
+fn the_same_bits_on_any_number_of_threads() {
+    let cases = [Case::new(1500, 32, 16, 4).heads(4, 2), Case::new(1500, 64, 700, 2).heads(1, 1)];
+    for (case, kind) in cases.into_iter().flat_map(|case| KINDS.map(|kind| (case, kind))) {
+        let config = case.config().with_deterministic(true);
+        let inputs = case.inputs(7, kind, Device::Cpu);
+        let threads = tch::get_num_threads();
+        let [one, two, five] = [1, 2, 5].map(|count| {
+            tch::set_num_threads(count);
+            let results = Results::of(&inputs, |q, k, v| moba_attention_with_lse(q, k, v, &config).unwrap());
+            tch::set_num_threads(threads);
+            results
+        });
+        for more in [two, five] {
+            for ((name, a), (_, b)) in one.named().iter().zip(more.named()) {
+                assert_same_bits(&format!("{name} of {case:?} {kind:?}"), a, b);
             }
         }
     }

@@ -171,8 +171,9 @@ struct GateConsumer {
       }
       if (tile.steps == 0) arrive(&memory.query_empty[query.slot][consumer]);
       int32_t* route = static_cast<int32_t*>(p.route.data) + tile.route;
-      selection.write(0, current0, row0 < tile.rows ? route + row0 * p.route.row : nullptr);
-      selection.write(1, current1, row1 < tile.rows ? route + row1 * p.route.row : nullptr);
+      int32_t* const routes[2] = {row0 < tile.rows ? route + row0 * p.route.row : nullptr,
+                                  row1 < tile.rows ? route + row1 * p.route.row : nullptr};
+      selection.write({current0, current1}, routes);
     }
   }
 };

@@ -100,13 +100,14 @@ __device__ __forceinline__ uint32_t largest_of_quad(const uint32_t (&pairs)[8], 
   sort_bitonic(best);
   take_larger(best, 2);
   sort_bitonic(best);
-  // best[count - 1], by masks: the compiler would make an array in memory of a choice between registers.
+  // best[count - 1], without an array in memory.
 #pragma unroll
   for (int distance = kKept / 2; distance > 0; distance /= 2) {
-    uint32_t upper = ((count - 1) & distance) != 0 ? 0xffffffffu : 0;
-    asm("" : "+r"(upper));
+    const bool upper = ((count - 1) & distance) != 0;
 #pragma unroll
-    for (int i = 0; i < distance; ++i) best[i] = (best[i + distance] & upper) | (best[i] & ~upper);
+    for (int i = 0; i < kKept / 2; ++i) {
+      if (i < distance) best[i] = upper ? best[i + distance] : best[i];
+    }
   }
   return best[0];
 }

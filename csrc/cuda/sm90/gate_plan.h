@@ -34,7 +34,7 @@ struct GatePlan {
   static constexpr int kStages = 2;
   static constexpr int kQueryStages = kHeadDim == 64 ? 2 : 1;
   // Candidates are staged in lists of one lane each, and checked for room after each part of a step.
-  static constexpr int kEntries = kKept == 16 || kHeadDim == 64 ? 16 : 12;
+  static constexpr int kEntries = kKept == 16 || kHeadDim == 64 ? 16 : kKept == 64 ? 12 : 13;
   static constexpr int kParts = 4;
   static constexpr int kPartGroups = kGateGroups / kParts;
   // Whether rows have a bound from the maxima of classes of columns (gate_bound.cuh).

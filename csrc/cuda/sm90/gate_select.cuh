@@ -146,7 +146,8 @@ struct GateSelection {
     // Down from a part that does not exist, for rows without a good bound. The loop makes one copy of what follows a
     // part.
 #pragma unroll 1
-    for (int part = unbounded() ? P::kParts : first_part; part >= 0; part = part == P::kParts ? first_part : part - 1) {
+    for (int part = young > 0 || unbounded() ? P::kParts : first_part; part >= 0;
+         part = part == P::kParts ? first_part : part - 1) {
       if (part == P::kParts) look_ahead(scores, first_part + 1);
       if (part == 3) offer_part<3>(scores, first_group);
       if (part == 2) offer_part<2>(scores, first_group);
@@ -349,26 +350,35 @@ struct GateSelection {
     keys[3] = high.y;
   }
 
-  // Writes the route of row lane / 4 + 8 half, which has `current` blocks before its own; null: no such row.
-  __device__ __forceinline__ void write(int half, int current, int32_t* route) {
-    uint64_t* keys = memory.kept[lane / 4 + 8 * half];
-    const int used = route == nullptr ? 0 : min(wanted, current);
-    if (lane % 4 == 0 && kept[half] < used) {
-      // Fewer numbers than slots: the scores of all other blocks are NaN. The latest come first.
-      int count = kept[half];
-      for (int block = current - 1; count < used; --block) {
-        bool known = false;
-        for (int i = 0; i < kept[half]; ++i) known = known || block_of(keys[i]) == block;
-        if (!known) keys[count++] = static_cast<uint64_t>(block);
+  // Writes the routes of this lane's rows, which have `current` blocks before their own; null: no such row.
+  __device__ __forceinline__ void write(const int (&current)[2], int32_t* const (&route)[2]) {
+    const auto used = [&](int half) { return route[half] == nullptr ? 0 : min(wanted, current[half]); };
+    if (__any_sync(0xffffffffu, kept[0] < used(0) || kept[1] < used(1))) {
+      if (lane % 4 == 0) {
+        complete(memory.kept[lane / 4], kept[0], used(0), current[0]);
+        complete(memory.kept[lane / 4 + 8], kept[1], used(1), current[1]);
+      }
+      __syncwarp();
+    }
+#pragma unroll(kKept <= 16 ? (kKept + 4) / 4 : 1)
+    for (int slot = lane % 4; slot <= wanted; slot += 4) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        int block = current[half];
+        if (slot > 0) block = slot <= used(half) ? block_of(memory.kept[lane / 4 + 8 * half][slot - 1]) : -1;
+        if (route[half] != nullptr) route[half][slot] = block;
       }
     }
-    __syncwarp();
-    if (route != nullptr) {
-      for (int slot = lane % 4; slot <= wanted; slot += 4) {
-        route[slot] = slot == 0 ? current : slot <= used ? block_of(keys[slot - 1]) : -1;
-      }
+  }
+
+  // Where numbers ran out, the scores of all other blocks are NaN, and the latest come first.
+  __device__ __forceinline__ static void complete(uint64_t* keys, int kept, int used, int current) {
+    int count = kept;
+    for (int block = current - 1; count < used; --block) {
+      bool known = false;
+      for (int i = 0; i < kept; ++i) known = known || block_of(keys[i]) == block;
+      if (!known) keys[count++] = static_cast<uint64_t>(block);
     }
-    __syncwarp();
   }
 };
 

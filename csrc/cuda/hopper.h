@@ -5,8 +5,8 @@
 #include <algorithm>
 
 #include "cuda/problem.h"
-#include "cuda/sm90/backward.h"
-#include "cuda/sm90/current.h"
+#include "cuda/sm90/backward/backward.h"
+#include "cuda/sm90/current/current.h"
 #include "cuda/sm90/launch.h"
 
 namespace moba::cuda {
@@ -67,8 +67,8 @@ void for_key_heads(const Shape& shape, const at::TensorOptions& options, Measure
   }
 }
 
-inline void attend_hopper(const Problem& problem, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& route,
-                   double softmax_scale, const Tensor& out, const Tensor& lse) {
+inline void attend_hopper(const Problem& problem, const Tensor& q, const Tensor& k, const Tensor& v,
+                          const Tensor& route, double softmax_scale, const Tensor& out, const Tensor& lse) {
   const Shape& shape = problem.shape();
   const auto attend = [&](const sm90::PastLists& lists, const sm90::Partials& partials) {
     if (shape.slots > 0) {
@@ -81,8 +81,8 @@ inline void attend_hopper(const Problem& problem, const Tensor& q, const Tensor&
           .softmax_scale = softmax_scale,
           .partials = partials,
       };
-      C10_CUDA_CHECK(
-          sm90::launch_past_lists({.shape = shape, .route = problem.per_query(route), .lists = lists}, problem.stream()));
+      C10_CUDA_CHECK(sm90::launch_past_lists({.shape = shape, .route = problem.per_query(route), .lists = lists},
+                                             problem.stream()));
       C10_CUDA_CHECK(sm90::launch_past(past, problem.dtype(), problem.stream()));
     }
     const sm90::CurrentParams current{
@@ -113,9 +113,10 @@ inline void attend_hopper(const Problem& problem, const Tensor& q, const Tensor&
   });
 }
 
-inline void backward_hopper(const Problem& problem, const Tensor& dout, const Tensor& dlse, const Tensor& q, const Tensor& k,
-                     const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& route, double softmax_scale,
-                     bool deterministic, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
+inline void backward_hopper(const Problem& problem, const Tensor& dout, const Tensor& dlse, const Tensor& q,
+                            const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& route,
+                            double softmax_scale, bool deterministic, const Tensor& dq, const Tensor& dk,
+                            const Tensor& dv) {
   const Shape& shape = problem.shape();
   const auto plan_for = [&](int64_t units_k) {
     sm90::BackwardPlan plan;
@@ -144,8 +145,8 @@ inline void backward_hopper(const Problem& problem, const Tensor& dout, const Te
         .dk = problem.rows_out(dk),
         .dv = problem.rows_out(dv),
     };
-    C10_CUDA_CHECK(sm90::launch_past_lists(
-        {.shape = shape, .route = problem.per_query(route), .lists = params.lists}, problem.stream()));
+    C10_CUDA_CHECK(sm90::launch_past_lists({.shape = shape, .route = problem.per_query(route), .lists = params.lists},
+                                           problem.stream()));
     const auto plan = plan_for(units_k.count);
     C10_CUDA_CHECK(
         sm90::launch_backward(params, plan, cutter.cut<char>(plan.bytes), problem.dtype(), problem.stream()));

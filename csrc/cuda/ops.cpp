@@ -11,11 +11,11 @@
 #include <limits>
 
 #include "check.h"
-#include "cuda/launch.h"
 #include "cuda/hopper.h"
+#include "cuda/launch.h"
 #include "cuda/problem.h"
 #include "cuda/sm90/refusal.h"
-#include "cuda/sm90/route.h"
+#include "cuda/sm90/route/route.h"
 #include "operators.h"
 
 namespace moba {
@@ -149,9 +149,10 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q_any, const Tensor& k_any, cons
     return {out, lse};
   }
   if (!routed) {
-    return attend(q_any, k_any, v_any,
-                  with_slots(route_any, q_any, k_any, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size),
-                  cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, softmax_scale, deterministic);
+    return attend(
+        q_any, k_any, v_any,
+        with_slots(route_any, q_any, k_any, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size),
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, softmax_scale, deterministic);
   }
 
   const Tensor q = with_contiguous_rows(q_any), k = with_contiguous_rows(k_any), v = with_contiguous_rows(v_any);
@@ -198,8 +199,8 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q_any, const Tensor& k_any, cons
   return {out, lse};
 }
 
-// The sums of the portable stages always run in the same order, so `deterministic` asks nothing more of them. The values
-// of cu_seqlens were checked by the forward pass.
+// The sums of the portable stages always run in the same order, so `deterministic` asks nothing more of them. The
+// values of cu_seqlens were checked by the forward pass.
 std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& dout_any, const Tensor& dlse_any, const Tensor& q_any,
                                                    const Tensor& k_any, const Tensor& v_any, const Tensor& out_any,
                                                    const Tensor& lse_any, const Tensor& route_any,

@@ -47,7 +47,7 @@ inline void check_supported(const Tensor& q, const Tensor& k) {
 // One copy to the host, made by the first operator of a call: _route, or _attend where there is none. Not
 // possible while a graph is captured, where the kernels clamp what they read.
 inline void check_boundaries(const Tensor& q, const Tensor& k, const OptionalTensor& cu_seqlens_q,
-                      const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k) {
+                             const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k) {
   if (!cu_seqlens_q.has_value()) return;
   if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) return;
   const Tensor both = at::stack({*cu_seqlens_q, *cu_seqlens_k}).cpu();

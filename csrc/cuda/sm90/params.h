@@ -21,7 +21,7 @@ constexpr int32_t kCurrent = -2;  // the block that holds the query
 struct PastLists {
   Range units_k;        // the key heads (group * heads_k + head) that the arrays below cover
   int64_t chunks;       // each key head's queries are sorted in this many independent parts
-  int32_t* counts;      // [units_k, chunks, blocks]
+  int32_t* counts;      // [units_k, chunks, blocks]; afterwards the first two hand out the work of the past stage
   int32_t* list_begin;  // [units_k, blocks + 1]: first entry of each list
   int32_t* tile_begin;  // [units_k, blocks + 1]: the lists, counted in tiles of kListTile entries
   uint32_t* entries;    // [units_k, capacity]

@@ -1,14 +1,15 @@
-#include "cuda/sm90/refusal.h"
-
 #include <cuda_runtime_api.h>
 
 #include <mutex>
 
 #include "cuda/sm90/params.h"
+#include "cuda/sm90/refusal.h"
 
 namespace moba::cuda::sm90 {
 
 namespace {
+
+constexpr int64_t kMaxBlocks = int64_t(1) << 19;  // the gate numbers groups of 8 in 16 bits
 
 // Has shared memory only where the compiler had sm_90a, the target of all Hopper stages.
 __global__ void probe_kernel(int* out) {
@@ -68,20 +69,18 @@ std::string refusal(const Shape& shape, double softmax_scale, Dtype dtype) {
     return "heads: wanted at most " + std::to_string(kMaxGroup) + " for each head of k, got " +
            std::to_string(shape.heads_per_key_head());
   }
-  if (shape.rows > kMaxRows || shape.keys > INT32_MAX / 2 || capacity(shape) >= INT32_MAX ||
-      shape.units() > INT32_MAX) {
-    return "size: wanted at most " + std::to_string(kMaxRows) + " queries, and fewer than 2^31 chosen blocks in all " +
-           "for each head of k, got " + std::to_string(shape.rows) + " and " + std::to_string(capacity(shape));
+  // Numbers of rows, keys, blocks, tiles and entries have to fit 32 bits, with room for rounding up.
+  constexpr int64_t kMany = INT32_MAX / 4;
+  const int64_t key_tiles = shape.units_k() * (shape.blocks() + shape.keys / 64);
+  const int64_t row_tiles = shape.units() * (shape.rows / 64 + shape.sequences);
+  if (shape.rows >= kMaxRows || shape.keys > kMany || shape.block_size > kMany || shape.blocks() > kMaxBlocks ||
+      capacity(shape) > kMany || key_tiles > kMany || row_tiles > kMany) {
+    return "size: wanted fewer than 2^27 queries and 2^19 blocks, and 2^29 keys and chosen blocks of a head of k, "
+           "got " +
+           std::to_string(shape.rows) + ", " + std::to_string(shape.blocks()) + ", " + std::to_string(shape.keys) +
+           " and " + std::to_string(capacity(shape));
   }
   return device_refusal();
-}
-
-bool regular(const Source& source, int64_t groups, int64_t heads, int64_t rows) {
-  const auto fits = [](int64_t count, int64_t stride) {
-    return count <= 1 || (stride > 0 && stride % 8 == 0 && stride < int64_t(1) << 38);
-  };
-  return reinterpret_cast<uintptr_t>(source.data) % 16 == 0 && fits(groups, source.group) && fits(heads, source.head) &&
-         fits(rows, source.row);
 }
 
 }  // namespace moba::cuda::sm90

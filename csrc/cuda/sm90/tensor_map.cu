@@ -23,8 +23,11 @@ bool regular(const Source& source, const Extent& extent) {
   const auto fits = [](int64_t count, int64_t stride) {
     return count <= 1 || (stride > 0 && stride % 8 == 0 && stride < int64_t(1) << 38);
   };
+  // The backward pass counts parts of 16 bytes from the first row in 32 bits.
+  const int64_t last = (extent.heads - 1) * source.head + (extent.rows - 1) * source.row;
   return reinterpret_cast<uintptr_t>(source.data) % 16 == 0 && fits(extent.groups, source.group) &&
-         fits(extent.heads, source.head) && fits(extent.rows, source.row);
+         fits(extent.heads, source.head) && fits(extent.rows, source.row) && source.row <= INT32_MAX &&
+         last / 8 <= INT32_MAX;
 }
 
 cudaError_t make_tensor_map(CUtensorMap& map, const Source& source, const Extent& extent, int box_rows, Dtype dtype) {

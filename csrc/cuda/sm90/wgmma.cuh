@@ -179,7 +179,6 @@ __device__ __forceinline__ void wgmma_transposed(float (&d)[16], uint64_t a, uin
   }
 }
 
-
 // The operand `bytes` further in shared memory.
 __device__ __forceinline__ uint64_t further(uint64_t descriptor, uint32_t bytes) {
   const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4);

@@ -1,0 +1,7 @@
+#include "cuda/sm90/backward/products.cuh"
+
+namespace moba::cuda::sm90::backward {
+
+template struct Products<__nv_bfloat16, 128>;
+
+}  // namespace moba::cuda::sm90::backward

@@ -1,7 +1,0 @@
-#include "cuda/sm90/backward_products.cuh"
-
-namespace moba::cuda::sm90::backward {
-
-template struct Products<__nv_bfloat16, 128>;
-
-}  // namespace moba::cuda::sm90::backward

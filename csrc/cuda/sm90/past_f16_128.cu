@@ -1,9 +1,0 @@
-#include "cuda/sm90/past.cuh"
-
-namespace moba::cuda::sm90 {
-
-template struct Past<__half, 128, 64, true>;
-template struct Past<__half, 128, 128, true>;
-template struct Past<__half, 128, 128, false>;
-
-}  // namespace moba::cuda::sm90

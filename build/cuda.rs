@@ -72,6 +72,8 @@ impl Toolkit {
     /// Object files of these sources; the reports of ptxas (registers, shared memory, spills) lie beside them as .log.
     pub fn compile(&self, sources: &[PathBuf]) -> Result<Vec<PathBuf>> {
         let out = crate::out_dir()?.join("cuda");
+        // A report of a file that is gone would be read as today's.
+        let _ = fs::remove_dir_all(&out);
         fs::create_dir_all(&out).with_context(|| format!("cannot create {}", out.display()))?;
         let architectures = architectures()?;
         let jobs = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1usize).max(1);

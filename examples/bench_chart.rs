@@ -24,10 +24,13 @@ struct Arguments {
     head_dim: u32,
     #[arg(long, default_value = "uniform")]
     data: String,
+    /// Query heads for each key head.
+    #[arg(long, default_value_t = 1)]
+    group: u64,
 }
 
-/// Milliseconds by sequence length.
-type Times = BTreeMap<u64, f64>;
+/// Milliseconds by sequence length and heads.
+type Times = BTreeMap<(u64, u64), f64>;
 
 /// MoBA's times for each "block_size x top_k" and the dense ones.
 fn read(arguments: &Arguments) -> Result<(BTreeMap<(u64, u64), Times>, Times)> {
@@ -45,15 +48,16 @@ fn read(arguments: &Arguments) -> Result<(BTreeMap<(u64, u64), Times>, Times)> {
         let chosen = cell("pass")? == arguments.pass
             && cell("head_dim")? == arguments.head_dim.to_string()
             && cell("data")? == arguments.data;
-        if !chosen {
+        let (heads, heads_k): (u64, u64) = (cell("heads")?.parse()?, cell("heads_k")?.parse()?);
+        if !chosen || heads != heads_k * arguments.group {
             continue;
         }
-        let (seqlen, ms) = (cell("seqlen")?.parse()?, cell("median_ms")?.parse::<f64>()?);
+        let (shape, ms) = ((cell("seqlen")?.parse()?, heads), cell("median_ms")?.parse::<f64>()?);
         if cell("impl")? == "moba" {
             let config = (cell("block_size")?.parse()?, cell("top_k")?.parse()?);
-            moba.entry(config).or_default().insert(seqlen, ms);
+            moba.entry(config).or_default().insert(shape, ms);
         } else {
-            let fastest = dense.entry(seqlen).or_insert(f64::INFINITY);
+            let fastest = dense.entry(shape).or_insert(f64::INFINITY);
             *fastest = fastest.min(ms);
         }
     }
@@ -72,13 +76,13 @@ fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let (moba, dense) = read(&arguments)?;
     let mut lines = Vec::new();
-    println!("| tokens | block, top-k | dense ms | MoBA ms | faster |\n|---|---|---|---|---|");
+    println!("| tokens | heads | block, top-k | dense ms | MoBA ms | faster |\n|---|---|---|---|---|---|");
     for ((block_size, top_k), times) in &moba {
         let mut points = Vec::new();
-        for (&seqlen, ms) in times {
-            let Some(full) = dense.get(&seqlen) else { continue };
+        for (&(seqlen, heads), ms) in times {
+            let Some(full) = dense.get(&(seqlen, heads)) else { continue };
             let ratio = full / ms;
-            println!("| {} | {block_size}, {top_k} | {full:.2} | {ms:.2} | {ratio:.2}x |", tokens(seqlen));
+            println!("| {} | {heads} | {block_size}, {top_k} | {full:.2} | {ms:.2} | {ratio:.2}x |", tokens(seqlen));
             points.push(((seqlen as f64).log2(), ratio.log2()));
         }
         lines.push((format!("blocks of {block_size}, top-k {top_k}"), points));

@@ -1,5 +1,5 @@
-//! Draws a CSV file of `bench_attention`: how many times faster MoBA is than the fastest dense attention of the same
-//! run, against the sequence length. Also prints the same numbers as a Markdown table.
+//! Draws a CSV file of `bench_attention`: how many times faster MoBA is than the fastest dense attention in the
+//! file, against the sequence length. Also prints the same numbers as a Markdown table.
 //!
 //! ```text
 //! cargo run --release --example bench_chart -- docs/benchmarks/h100-forward.csv --svg docs/benchmarks/h100-forward.svg

@@ -31,13 +31,15 @@ struct Arguments {
 
 /// Milliseconds by sequence length and heads.
 type Times = BTreeMap<(u64, u64), f64>;
+/// Those of MoBA by block size and top-k.
+type MobaTimes = BTreeMap<(u64, u64), Times>;
 
-/// MoBA's times for each "block_size x top_k" and the dense ones.
-fn read(arguments: &Arguments) -> Result<(BTreeMap<(u64, u64), Times>, Times)> {
+/// MoBA's times and the fastest dense ones.
+fn read(arguments: &Arguments) -> Result<(MobaTimes, Times)> {
     let text = fs::read_to_string(&arguments.csv).with_context(|| arguments.csv.display().to_string())?;
     let mut lines = text.lines().filter(|line| !line.starts_with('#'));
     let header: Vec<&str> = lines.next().unwrap_or_default().split(',').collect();
-    let (mut moba, mut dense) = (BTreeMap::<_, Times>::new(), Times::new());
+    let (mut moba, mut dense) = (MobaTimes::new(), Times::new());
     for line in lines {
         let cells: Vec<&str> = line.split(',').collect();
         ensure!(cells.len() == header.len(), "wanted {} cells, got: {line}", header.len());

@@ -82,3 +82,47 @@ def test_cuda_graph(device, case):
     torch.cuda.synchronize()
     for n, (a, b) in enumerate(zip(captured, run(case, q, k, v, dout, dlse))):
         assert torch.equal(a, b), f"result {n}"
+
+
+def limited(limit, f):
+    """f() with at most `limit` bytes beyond what is held now."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties("cuda").total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + limit) / total)
+    try:
+        return f()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def peak(f):
+    """What f() returns, and the bytes that it took at most."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = f()
+    return result, torch.cuda.max_memory_allocated() - before
+
+
+def test_short_memory(device):
+    """Key heads are taken fewer at a time, with the same result; where not even one fits, the error says so."""
+    if device == "cpu" or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernels of compute capability 9.0 alone take workspace by key heads")
+    heads = 16
+    q, k, v, dout = inputs((8192, 128, 128, 8, heads, heads, torch.bfloat16), device)[:4]
+    attend = lambda: moba.attention(q, k, v, 128, 8, deterministic=True)[0]
+    out = attend()
+    passes = [
+        (lambda: [attend().detach()], q.nbytes),
+        (lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True), 3 * q.nbytes),
+    ]
+    for run_pass, results in passes:
+        plenty, taken = peak(run_pass)
+        workspace = taken - results
+        assert workspace > 100 << 20
+        for a, b in zip(plenty, limited(results + 0.8 * workspace, run_pass)):
+            assert torch.equal(a, b)
+        del a, b, plenty
+        # Room for the results and the route, but not for the workspace of one key head.
+        with pytest.raises(torch.OutOfMemoryError, match=f"one of {heads} key heads"):
+            limited(results + (28 << 20), run_pass)

@@ -108,8 +108,8 @@ def test_short_memory(device):
     """Key heads are taken fewer at a time, with the same result; where not even one fits, the error says so."""
     if device == "cpu" or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the kernels of compute capability 9.0 alone take workspace by key heads")
-    heads = 16
-    q, k, v, dout = inputs((8192, 128, 128, 8, heads, heads, torch.bfloat16), device)[:4]
+    heads = 2
+    q, k, v, dout = inputs((65536, 128, 128, 8, heads, heads, torch.bfloat16), device)[:4]
     attend = lambda: moba.attention(q, k, v, 128, 8, deterministic=True)[0]
     out = attend()
     passes = [
@@ -125,4 +125,4 @@ def test_short_memory(device):
         del a, b, plenty
         # Room for the results and the route, but not for the workspace of one key head.
         with pytest.raises(torch.OutOfMemoryError, match=f"one of {heads} key heads"):
-            limited(results + (28 << 20), run_pass)
+            limited(results + (60 << 20), run_pass)

@@ -17,6 +17,8 @@ use crate::{data::Inputs, name};
 #[value(rename_all = "snake_case")]
 pub enum Impl {
     Moba,
+    /// With gradients that repeat bit for bit.
+    MobaDeterministic,
     SdpaFlash,
     SdpaCudnn,
     SdpaCpu,
@@ -42,7 +44,11 @@ impl Contender {
     /// One contender for each configuration of MoBA, one for a dense attention.
     pub fn all(kind: Impl, configs: &[MobaConfig]) -> Vec<Self> {
         match kind {
-            Impl::Moba => configs.iter().map(|&config| Self { kind, config: Some(config) }).collect(),
+            Impl::Moba | Impl::MobaDeterministic => {
+                let deterministic = kind == Impl::MobaDeterministic;
+                let of = |config: &MobaConfig| Self { kind, config: Some(config.with_deterministic(deterministic)) };
+                configs.iter().map(of).collect()
+            }
             _ => vec![Self { kind, config: None }],
         }
     }
@@ -55,7 +61,7 @@ impl Contender {
         };
         let (qkv, causal) = ([q.into(), k.into(), v.into()], Value::Bool(true));
         match (self.kind, self.config) {
-            (Impl::Moba, config) => Ok(moba_attention(q, k, v, &config.unwrap_or_default())?),
+            (Impl::Moba | Impl::MobaDeterministic, config) => Ok(moba_attention(q, k, v, &config.unwrap_or_default())?),
             (Impl::SdpaCpu, _) => Ok(full_attention(q, k, v, None)?),
             (Impl::SdpaFlash, _) => {
                 let dropout = [Value::Double(0.0), causal];

@@ -63,7 +63,7 @@ struct Arguments {
     /// Runs of each contender before the timed ones.
     #[arg(long, default_value_t = 1)]
     warmup: u32,
-    /// Contenders, by default all that the device has.
+    /// Contenders, by default all that the device has, less moba_deterministic.
     #[arg(long = "impl", value_enum, value_delimiter = ',')]
     impls: Vec<Impl>,
     /// What to time.
@@ -216,13 +216,13 @@ fn measure(arguments: &Arguments, seqlen: i64, timer: &Timer, report: &mut Repor
         // A dense kernel that does not take these tensors (dtype, head_dim) says so; MoBA has to take all of them.
         match check::check(&contender, &inputs) {
             Ok(errors) => println!("{contender}: sampled rows agree with float64, relative error {errors}"),
-            Err(error) if contender.kind != Impl::Moba && !error.is::<check::Disagreement>() => {
+            Err(error) if contender.config.is_none() && !error.is::<check::Disagreement>() => {
                 println!("{contender}: not run, {}", error.to_string().lines().next().unwrap_or_default());
                 continue;
             }
             Err(error) => return Err(error),
         }
-        for &pass in arguments.pass.iter().filter(|&&pass| pass != Pass::Route || contender.kind == Impl::Moba) {
+        for &pass in arguments.pass.iter().filter(|&&pass| pass != Pass::Route || contender.config.is_some()) {
             rows.push((contender, arguments.row(seqlen, &contender, pass)));
         }
     }

@@ -58,7 +58,7 @@ fn read(arguments: &Arguments) -> Result<(MobaTimes, Times)> {
         if cell("impl")? == "moba" {
             let config = (cell("block_size")?.parse()?, cell("top_k")?.parse()?);
             moba.entry(config).or_default().insert(shape, ms);
-        } else {
+        } else if cell("impl")?.starts_with("sdpa") {
             let fastest = dense.entry(shape).or_insert(f64::INFINITY);
             *fastest = fastest.min(ms);
         }

@@ -105,7 +105,10 @@ def peak(f):
 
 
 def test_short_memory(device):
-    """Key heads are taken fewer at a time, with the same result; where not even one fits, the error says so."""
+    """Key heads are taken fewer at a time, with the same result; where not even one fits, the error says so.
+
+    The same bits in forward. Backward shares out long lists by what there is to do, so other sums are rounded there.
+    """
     if device == "cpu" or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the kernels of compute capability 9.0 alone take workspace by key heads")
     heads = 2
@@ -113,15 +116,15 @@ def test_short_memory(device):
     attend = lambda: moba.attention(q, k, v, 128, 8, deterministic=True)[0]
     out = attend()
     passes = [
-        (lambda: [attend().detach()], q.nbytes),
-        (lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True), 3 * q.nbytes),
+        (lambda: [attend().detach()], q.nbytes, 0),
+        (lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True), 3 * q.nbytes, 2**-8),
     ]
-    for run_pass, results in passes:
+    for run_pass, results, tolerance in passes:
         plenty, taken = peak(run_pass)
         workspace = taken - results
         assert workspace > 100 << 20
         for a, b in zip(plenty, limited(results + 0.8 * workspace, run_pass)):
-            assert torch.equal(a, b)
+            assert (a - b).abs().max() <= tolerance * a.abs().max()
         del a, b, plenty
         # Room for the results and the route, but not for the workspace of one key head.
         with pytest.raises(torch.OutOfMemoryError, match=f"one of {heads} key heads"):

@@ -16,13 +16,15 @@ using namespace current;
 // run at lower speed). Long blocks: at least so many, as the tiles of each go through its keys side by side.
 constexpr int64_t kTogetherBytes = int64_t(20) << 20;
 constexpr int64_t kTogether = 16;
+constexpr int64_t kMaskedKeys = kMaskedSteps * kKeys;
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Without tiles where there are too many to count.
 Schedule make_schedule(const CurrentParams& p, int64_t tile_rows, int64_t processors) {
-  const Shape& shape = p.shape;
-  const bool packed = shape.cu_seqlens_q != nullptr;
+  Shape shape = p.shape;
+  const bool masked = p.route.data != nullptr, packed = shape.cu_seqlens_q != nullptr;
+  if (masked) shape.block_size = std::max(shape.block_size, shape.keys);
   const int64_t group = shape.heads_per_key_head();
   const int64_t tiles = packed ? shape.rows / tile_rows + shape.sequences : ceil_divide(shape.rows, tile_rows);
   const int64_t span = packed ? tiles : std::min(ceil_divide(shape.block_size, tile_rows), tiles);
@@ -33,6 +35,7 @@ Schedule make_schedule(const CurrentParams& p, int64_t tile_rows, int64_t proces
   const int64_t wanted = std::max(kTogether, kTogetherBytes / segment_bytes);
   const int64_t together = wanted - wanted % std::min(wanted, processors / std::gcd(processors, span));
   if (units * segments * span > INT32_MAX || shape.keys > INT32_MAX - kKeys) return {};
+  const int64_t chosen_steps = std::clamp<int64_t>(p.shape.block_size / kKeys, 1, kMaskedSteps);
   return {
       .tiles = static_cast<int>(tiles),
       .span = static_cast<int>(span),
@@ -47,6 +50,9 @@ Schedule make_schedule(const CurrentParams& p, int64_t tile_rows, int64_t proces
       .keys = static_cast<int>(shape.keys),
       .block_size = static_cast<int>(std::min<int64_t>(shape.block_size, INT32_MAX)),
       .slots = static_cast<int>(shape.slots),
+      .chosen_size = static_cast<int>(std::min<int64_t>(p.shape.block_size, kMaskedKeys)),
+      .chosen_steps = static_cast<int>(chosen_steps),
+      .chosen_bits = ~uint64_t(0) >> (kMaskedSteps - chosen_steps),
   };
 }
 
@@ -55,6 +61,7 @@ cudaError_t with_kernel(const CurrentParams& p, Dtype dtype, F f) {
   const auto by_mode = [&](auto type, auto head_dim) {
     using T = typename decltype(type)::type;
     constexpr int kHeadDim = decltype(head_dim)::value;
+    if (p.route.data != nullptr) return f(Current<T, kHeadDim, Mode::kMasked>{});
     if (p.lists.positions == nullptr) return f(Current<T, kHeadDim, Mode::kDense>{});
     return p.shape.block_size <= kKeys ? f(Current<T, kHeadDim, Mode::kShort>{})
                                        : f(Current<T, kHeadDim, Mode::kLong>{});

@@ -1,8 +1,10 @@
 // The current-block kernel: see docs/kernels.md.
 #pragma once
 
+#include "cuda/sm90/current/choice.cuh"
 #include "cuda/sm90/current/consumer.cuh"
 #include "cuda/sm90/current/producer.cuh"
+#include "cuda/sm90/dependent.cuh"
 
 namespace moba::cuda::sm90::current {
 
@@ -33,15 +35,29 @@ __global__ void __launch_bounds__(Plan<kHeadDim, kMode>::kThreads, 1)
         mbarrier_init(shared_address(&memory.past.empty[0][0] + i), kWarpgroup / 32);
       }
     }
+    if constexpr (P::kMasked) {
+      for (int i = 0; i < kChoices; ++i) {
+        mbarrier_init(shared_address(&memory.chosen.full[i]), 1);
+        mbarrier_init(shared_address(&memory.chosen.empty[i]), kWarps + 1);
+      }
+    }
     fence_proxy_async();
   }
   __syncthreads();
+  wait_for_earlier();
+  let_next_start();
   const int warpgroup = threadIdx.x / kWarpgroup;
   if (warpgroup < P::kProducers) {
     setmaxnreg_decrease<P::kProducerRegisters>();
     if (threadIdx.x == 0) {
       Loader<kHeadDim, kMode> loader{p, schedule, &map_q, &map_k, &map_v, memory};
       loader.run();
+    }
+    if constexpr (P::kMasked) {
+      if (threadIdx.x / 32 == 1) {
+        Chooser<kHeadDim> chooser{p, schedule, memory};
+        chooser.run();
+      }
     }
     if constexpr (P::kPast) {
       if (warpgroup == 1) {
@@ -68,8 +84,7 @@ cudaError_t Current<T, kHeadDim, kMode>::launch(const CurrentParams& p, const CU
   const auto kernel = current_kernel<T, kHeadDim, kMode>;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
-  kernel<<<grid, P::kThreads, kBytes, stream>>>(p, map_q, map_k, map_v, schedule);
-  return cudaGetLastError();
+  return launch_dependent(kernel, {grid, P::kThreads, kBytes}, stream, p, map_q, map_k, map_v, schedule);
 }
 
 }  // namespace moba::cuda::sm90::current

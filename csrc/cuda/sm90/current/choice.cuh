@@ -1,4 +1,4 @@
-// Which key tiles the rows of a tile chose, for Mode::kMasked: looked up in the route by one warp, ahead of the products.
+// Which key tiles the rows of a tile chose, for Mode::kMasked: looked up in the route ahead of the products.
 #pragma once
 
 #include "cuda/sm90/current/rows.cuh"
@@ -29,24 +29,27 @@ __device__ __forceinline__ uint64_t reduce_or(uint64_t bits) {
   return static_cast<uint64_t>(high) << 32 | low;
 }
 
+// One warp: the rows of one consumer.
 template <int kHeadDim>
 struct Chooser {
   using P = Plan<kHeadDim, Mode::kMasked>;
-  static constexpr int kLaneRows = P::kTileRows / 32;
+  static constexpr int kLaneRows = kRows / 32;
 
   const CurrentParams& p;
   const Schedule& schedule;
   typename P::Memory& memory;
+  int consumer;
 
   Ring<kChoices> ring;
 
   __device__ __forceinline__ void choose(const Tile& tile) {
-    const RowChoice first(p, schedule, tile, lane());
+    const int first_row = consumer * kRows + lane();
+    const RowChoice first(p, schedule, tile, first_row);
     uint64_t bits[kLaneRows] = {};
     int current[kLaneRows];
 #pragma unroll
-    for (int i = 0; i < kLaneRows; ++i) current[i] = RowChoice(p, schedule, tile, lane() + 32 * i).current;
-#pragma unroll 2
+    for (int i = 0; i < kLaneRows; ++i) current[i] = RowChoice(p, schedule, tile, first_row + 32 * i).current;
+#pragma unroll 4
     for (int slot = 0; slot < schedule.slots; ++slot) {
 #pragma unroll
       for (int i = 0; i < kLaneRows; ++i) {
@@ -65,8 +68,8 @@ struct Chooser {
     mbarrier_wait(shared_address(&memory.chosen.empty[ring.slot()]), ring.phase() ^ 1);
     Choice& choice = memory.chosen.choices[ring.slot()];
 #pragma unroll
-    for (int i = 0; i < kLaneRows; ++i) choice.rows[lane() + 32 * i] = bits[i];
-    if (lane() == 0) choice.any = (any & (last - 1)) | last;
+    for (int i = 0; i < kLaneRows; ++i) choice.rows[first_row + 32 * i] = bits[i];
+    if (lane() == 0) choice.any[consumer] = (any & (last - 1)) | last;
     __syncwarp();
     if (lane() == 0) mbarrier_arrive(shared_address(&memory.chosen.full[ring.slot()]));
     ring.advance();

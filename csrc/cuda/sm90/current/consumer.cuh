@@ -207,7 +207,7 @@ struct Consumer {
     const Choice& of_tile = memory.chosen.choices[choice.slot()];
     chosen[0] = of_tile.rows[consumer * kRows + row0];
     chosen[1] = of_tile.rows[consumer * kRows + row0 + 8];
-    const uint64_t any = of_tile.any;
+    const uint64_t any = of_tile.any[0] | of_tile.any[1];
     arrive(&memory.chosen.empty[choice.slot()]);
     choice.advance();
     return any;

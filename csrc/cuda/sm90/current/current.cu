@@ -75,6 +75,17 @@ cudaError_t with_kernel(const CurrentParams& p, Dtype dtype, F f) {
 
 }  // namespace
 
+bool query_major(const Shape& shape, int64_t max_seqlen_q, int64_t max_seqlen_k) {
+  if (shape.slots == 0 || shape.block_size % kKeys != 0 || max_seqlen_k > kMaskedKeys) return false;
+  // Microseconds.
+  const double rows = static_cast<double>(shape.units() * shape.rows), width = static_cast<double>(shape.head_dim);
+  const double earlier = static_cast<double>(max_seqlen_k - max_seqlen_q / 2 + kKeys / 2);
+  const double by_queries = rows * earlier * width / 1.3e8;
+  const double entries = rows * static_cast<double>(shape.slots - 1), block = static_cast<double>(shape.block_size);
+  const double by_keys = 45 + entries * (block + 350) * width / 0.95e8;
+  return by_queries <= by_keys;
+}
+
 cudaError_t launch_current(const CurrentParams& p, Dtype dtype, cudaStream_t stream) {
   const Shape& shape = p.shape;
   int device = 0, processors = 0;

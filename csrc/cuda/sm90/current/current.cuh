@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(Plan<kHeadDim, kMode>::kThreads, 1)
     }
     if constexpr (P::kMasked) {
       for (int i = 0; i < kChoices; ++i) {
-        mbarrier_init(shared_address(&memory.chosen.full[i]), 1);
+        mbarrier_init(shared_address(&memory.chosen.full[i]), P::kConsumers);
         mbarrier_init(shared_address(&memory.chosen.empty[i]), kWarps + 1);
       }
     }
@@ -54,8 +54,9 @@ __global__ void __launch_bounds__(Plan<kHeadDim, kMode>::kThreads, 1)
       loader.run();
     }
     if constexpr (P::kMasked) {
-      if (threadIdx.x / 32 == 1) {
-        Chooser<kHeadDim> chooser{p, schedule, memory};
+      const int warp = threadIdx.x / 32;
+      if (warp == 2 || warp == 3) {
+        Chooser<kHeadDim> chooser{p, schedule, memory, warp - 2};
         chooser.run();
       }
     }

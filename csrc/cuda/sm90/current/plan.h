@@ -57,7 +57,7 @@ struct Past {
 // The key tiles that rows chose, a bit each, counted from the first key of the sequence.
 struct Choice {
   uint64_t rows[2 * kRows];
-  uint64_t any;  // of the rows, and the last key tile; none beyond it
+  uint64_t any[2];  // of each consumer's rows, and the last key tile; none beyond it
 };
 constexpr int kChoices = 2;
 struct Choices {

@@ -58,10 +58,11 @@ struct Loader {
   __device__ __forceinline__ KeyTiles<P::kMasked> key_tiles(const Tile& tile) {
     if constexpr (P::kMasked) {
       mbarrier_wait(shared_address(&memory.chosen.full[choice.slot()]), choice.phase());
-      const uint64_t any = memory.chosen.choices[choice.slot()].any;
+      const uint64_t(&any)[2] = memory.chosen.choices[choice.slot()].any;
+      const uint64_t chosen = any[0] | any[1];
       mbarrier_arrive(shared_address(&memory.chosen.empty[choice.slot()]));
       choice.advance();
-      return KeyTiles<true>(any);
+      return KeyTiles<true>(chosen);
     } else {
       return KeyTiles<false>(tile);
     }

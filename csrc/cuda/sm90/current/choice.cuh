@@ -18,8 +18,9 @@ struct RowChoice {
   // A given route can repeat blocks, leave out the current one, or hold numbers of none that the row can see.
   __device__ __forceinline__ uint64_t bits(const Schedule& schedule, int slot) const {
     const int block = current >= 0 ? __ldg(slots + slot) : -1;
+    if (block < 0 || block > current) return 0;
     const int step = block * schedule.chosen_steps;
-    return block >= 0 && block <= current && step < kMaskedSteps ? schedule.chosen_bits << step : 0;
+    return step < kMaskedSteps ? schedule.chosen_bits << step : 0;
   }
 };
 

@@ -18,6 +18,11 @@ constexpr int64_t kTogetherBytes = int64_t(20) << 20;
 constexpr int64_t kTogether = 16;
 constexpr int64_t kMaskedKeys = kMaskedSteps * kKeys;
 
+// What a query costs by way of lists beside its products, in keys that it could be multiplied with in that time: once,
+// and for each past block (the partial result).
+constexpr int64_t kListCost = 1000;
+constexpr int64_t kEntryCost = 100;
+
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Without tiles where there are too many to count.
@@ -77,12 +82,9 @@ cudaError_t with_kernel(const CurrentParams& p, Dtype dtype, F f) {
 
 bool query_major(const Shape& shape, int64_t max_seqlen_q, int64_t max_seqlen_k) {
   if (shape.slots == 0 || shape.block_size % kKeys != 0 || max_seqlen_k > kMaskedKeys) return false;
-  // Microseconds.
-  const double rows = static_cast<double>(shape.units() * shape.rows), width = static_cast<double>(shape.head_dim);
-  const double earlier = static_cast<double>(max_seqlen_k - max_seqlen_q / 2 + kKeys / 2);
-  const double by_queries = rows * earlier * width / 1.3e8;
-  const double entries = rows * static_cast<double>(shape.slots - 1), block = static_cast<double>(shape.block_size);
-  const double by_keys = 45 + entries * (block + 350) * width / 0.95e8;
+  const int64_t past = std::min(shape.slots, ceil_divide(max_seqlen_k, shape.block_size)) - 1;
+  const int64_t by_queries = max_seqlen_k - max_seqlen_q / 2 + kKeys / 2;
+  const int64_t by_keys = kListCost + past * (shape.block_size + kEntryCost);
   return by_queries <= by_keys;
 }
 

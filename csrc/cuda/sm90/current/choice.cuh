@@ -71,8 +71,7 @@ struct Chooser {
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) choice.rows[first_row + 32 * i] = bits[i];
     if (lane() == 0) choice.any[consumer] = (any & (last - 1)) | last;
-    __syncwarp();
-    if (lane() == 0) mbarrier_arrive(shared_address(&memory.chosen.full[ring.slot()]));
+    mbarrier_arrive(shared_address(&memory.chosen.full[ring.slot()]));
     ring.advance();
   }
 

@@ -38,11 +38,13 @@ struct Consumer {
   Ring<kChoices> choice;
   uint64_t chosen[2];  // key tiles of this thread's rows
 
-  // For the warp, all of whose accesses come before.
+  // For the warp: what its products have read may be loaded anew.
   __device__ __forceinline__ void arrive(uint64_t* barrier) {
     __syncwarp();
     if (lane() == 0) mbarrier_arrive(shared_address(barrier));
   }
+  // Each for itself: what it has read may be written.
+  __device__ __forceinline__ void arrive_all(uint64_t* barrier) { mbarrier_arrive(shared_address(barrier)); }
 
   __device__ __forceinline__ void multiply_keys(uint32_t queries) {
     const uint64_t rows = descriptor(queries, 16);
@@ -104,7 +106,7 @@ struct Consumer {
     rows.clear();
     arrive(&memory.key_empty[key.slot()]);
     key.advance();
-    if (!tiles.more()) arrive(&memory.query_empty[query.slot()]);
+    if (!tiles.more()) arrive_all(&memory.query_empty[query.slot()]);
     bool masked = visible.masked(tiles.key);
     soften(tiles.key, masked);
     pack_weights();
@@ -133,7 +135,7 @@ struct Consumer {
       arrive(&memory.key_empty[key.slot()]);
       key.advance();
       tiles.next();
-      if (!tiles.more()) arrive(&memory.query_empty[query.slot()]);
+      if (!tiles.more()) arrive_all(&memory.query_empty[query.slot()]);
       masked = visible.masked(tiles.key);
       const float2 shrink = soften(tiles.key, masked);
       wgmma_wait<0>();
@@ -208,7 +210,7 @@ struct Consumer {
     chosen[0] = of_tile.rows[consumer * kRows + row0];
     chosen[1] = of_tile.rows[consumer * kRows + row0 + 8];
     const uint64_t any = of_tile.any[0] | of_tile.any[1];
-    arrive(&memory.chosen.empty[choice.slot()]);
+    arrive_all(&memory.chosen.empty[choice.slot()]);
     choice.advance();
     return any;
   }
@@ -218,7 +220,7 @@ struct Consumer {
     for (int i = 0; i < max(stages, 1); ++i) {
       mbarrier_wait(shared_address(&memory.past.full[consumer][stage.slot()]), stage.phase());
       if (stages > 0) merge_stage<T>(rows, memory.past.stages[consumer][stage.slot()], row0);
-      arrive(&memory.past.empty[consumer][stage.slot()]);
+      arrive_all(&memory.past.empty[consumer][stage.slot()]);
       stage.advance();
     }
   }

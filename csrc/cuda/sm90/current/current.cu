@@ -16,12 +16,13 @@ using namespace current;
 // run at lower speed). Long blocks: at least so many, as the tiles of each go through its keys side by side.
 constexpr int64_t kTogetherBytes = int64_t(20) << 20;
 constexpr int64_t kTogether = 16;
+constexpr int64_t kInOrderSpan = 8;
 constexpr int64_t kMaskedKeys = kMaskedSteps * kKeys;
 
 // What a query costs by way of lists beside its products, in keys that it could be multiplied with in that time: once,
 // and for each past block (the partial result).
-constexpr int64_t kListCost = 1000;
-constexpr int64_t kEntryCost = 100;
+constexpr int64_t kListCost = 1100;
+constexpr int64_t kEntryCost = 110;
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -39,13 +40,15 @@ Schedule make_schedule(const CurrentParams& p, int64_t tile_rows, int64_t proces
   // If that is not far off, as many as give all CTAs the same number of tiles.
   const int64_t wanted = std::max(kTogether, kTogetherBytes / segment_bytes);
   const int64_t together = wanted - wanted % std::min(wanted, processors / std::gcd(processors, span));
+  const bool in_order = p.lists.positions != nullptr && span <= kInOrderSpan;
   if (units * segments * span > INT32_MAX || shape.keys > INT32_MAX - kKeys) return {};
   const int64_t chosen_steps = std::clamp<int64_t>(p.shape.block_size / kKeys, 1, kMaskedSteps);
   return {
       .tiles = static_cast<int>(tiles),
       .span = static_cast<int>(span),
       .segments = static_cast<int>(segments),
-      .together = static_cast<int>(std::min(together, units * segments)),
+      .together = static_cast<int>(in_order ? units * segments : std::min(together, units * segments)),
+      .in_order = in_order,
       .unit_begin = static_cast<int>(p.lists.units_k.begin * group),
       .units = static_cast<int>(units),
       .heads = static_cast<int>(shape.heads),

@@ -15,13 +15,13 @@ __global__ void __launch_bounds__(Plan<kHeadDim, kMode>::kThreads, 1)
                    const __grid_constant__ Schedule schedule) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using P = Plan<kHeadDim, kMode>;
-  constexpr int kWarps = P::kConsumers * kWarpgroup / 32;
+  constexpr int kConsumers = P::kConsumers * kWarpgroup, kWarps = kConsumers / 32;
   extern __shared__ __align__(1024) unsigned char dynamic_memory[];
   auto& memory = *reinterpret_cast<typename P::Memory*>(dynamic_memory);
   if (threadIdx.x == 0) {
     for (int i = 0; i < P::kQuerySlots; ++i) {
       mbarrier_init(shared_address(&memory.query_full[i]), 1);
-      mbarrier_init(shared_address(&memory.query_empty[i]), kWarps);
+      mbarrier_init(shared_address(&memory.query_empty[i]), kConsumers);
     }
     for (int i = 0; i < P::kKeySlots; ++i) {
       mbarrier_init(shared_address(&memory.key_full[i]), 1);
@@ -32,13 +32,13 @@ __global__ void __launch_bounds__(Plan<kHeadDim, kMode>::kThreads, 1)
     if constexpr (P::kPast) {
       for (int i = 0; i < P::kConsumers * P::kStages; ++i) {
         mbarrier_init(shared_address(&memory.past.full[0][0] + i), kRows / kGatherRows * (32 + 1));
-        mbarrier_init(shared_address(&memory.past.empty[0][0] + i), kWarpgroup / 32);
+        mbarrier_init(shared_address(&memory.past.empty[0][0] + i), kWarpgroup);
       }
     }
     if constexpr (P::kMasked) {
       for (int i = 0; i < kChoices; ++i) {
-        mbarrier_init(shared_address(&memory.chosen.full[i]), P::kConsumers);
-        mbarrier_init(shared_address(&memory.chosen.empty[i]), kWarps + 1);
+        mbarrier_init(shared_address(&memory.chosen.full[i]), P::kConsumers * 32);
+        mbarrier_init(shared_address(&memory.chosen.empty[i]), kConsumers + 1);
       }
     }
     fence_proxy_async();
@@ -54,9 +54,9 @@ __global__ void __launch_bounds__(Plan<kHeadDim, kMode>::kThreads, 1)
       loader.run();
     }
     if constexpr (P::kMasked) {
-      const int warp = threadIdx.x / 32;
-      if (warp == 2 || warp == 3) {
-        Chooser<kHeadDim> chooser{p, schedule, memory, warp - 2};
+      const int consumer = static_cast<int>(threadIdx.x) / 32 - 1;
+      if (consumer >= 0 && consumer < P::kConsumers) {
+        Chooser<kHeadDim> chooser{p, schedule, memory, consumer};
         chooser.run();
       }
     }

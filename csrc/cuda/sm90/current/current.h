@@ -27,6 +27,7 @@ struct Schedule {
   int span;      // tiles of a segment: the queries of one block
   int segments;  // of a unit
   int together;  // segments that all CTAs work on at one time
+  bool in_order;
   int unit_begin, units;
   int heads, heads_k, heads_per_key_head;
   int rows, keys, block_size, slots;

@@ -11,7 +11,8 @@ namespace moba::cuda::sm90::current {
 //
 // All CTAs work on `together` segments at a time, so that those of the same block find its keys in the L2 cache. The
 // tiles of these segments are dealt by falling cost, which is where they stand in their block, and in alternating
-// direction, so that all shares cost about the same.
+// direction, so that all shares cost about the same. Or, `in_order`: neighbours in time too, for the order of the partial
+// results; where a segment's tiles would go to the same CTAs as those of the last round, they take turns.
 template <class F>
 __device__ __forceinline__ void for_each_share(const Schedule& schedule, F f) {
   const int ctas = static_cast<int>(gridDim.x), all = schedule.units * schedule.segments;
@@ -21,11 +22,15 @@ __device__ __forceinline__ void for_each_share(const Schedule& schedule, F f) {
     for (int begin = 0; begin < items; begin += ctas) {
       const int item = begin + own;
       if (item < items) {
-        const int segment = first + item % segments, number = schedule.span - 1 - item / segments;
+        int segment = first + item % segments, number = schedule.span - 1 - item / segments;
+        if (schedule.in_order) {
+          segment = item / schedule.span;
+          number = (item + segment * schedule.span / ctas) % schedule.span;
+        }
         const int tile = segment % schedule.segments * schedule.span + number;
         if (tile < schedule.tiles) f(schedule.unit_begin + segment / schedule.segments, tile);
       }
-      own = ctas - 1 - own;
+      if (!schedule.in_order) own = ctas - 1 - own;
     }
   }
 }

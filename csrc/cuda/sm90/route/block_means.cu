@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "cuda/portable/unit.cuh"
-#include "cuda/sm90/dependent.cuh"
 #include "cuda/sm90/route/route.h"
 
 namespace moba::cuda::sm90 {
@@ -22,9 +21,6 @@ struct alignas(16) Part {
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1)
     block_means_kernel(const __grid_constant__ MeansParams p, int blocks, int warps, int64_t total) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  let_next_start();
-#endif
   constexpr int kParts = kHeadDim / kColumns, kRows = 32 / kParts;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32 / warps) + warp / warps;

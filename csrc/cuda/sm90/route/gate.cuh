@@ -4,7 +4,6 @@
 #pragma once
 
 #include "cuda/portable/unit.cuh"
-#include "cuda/sm90/dependent.cuh"
 #include "cuda/sm90/pipeline.cuh"
 #include "cuda/sm90/route/gate.h"
 #include "cuda/sm90/route/select.cuh"
@@ -199,8 +198,6 @@ __global__ void __launch_bounds__(GatePlan<kHeadDim, kKept>::kThreads, 1)
     fence_proxy_async();
   }
   __syncthreads();
-  wait_for_earlier();
-  let_next_start();
   if (threadIdx.x >= P::kConsumers * 128) {
     setmaxnreg_decrease<P::kProducerRegisters>();
     if (threadIdx.x != P::kConsumers * 128) return;
@@ -236,7 +233,8 @@ cudaError_t Gate<T, kHeadDim, kKept>::launch(const GateParams& p, const CUtensor
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
   const unsigned grid = min(max_grid, static_cast<unsigned>(tiles * shape.units()));
-  return launch_dependent(kernel, {grid, P::kThreads, kBytes}, stream, p, map_q, map_means, schedule);
+  kernel<<<grid, P::kThreads, kBytes, stream>>>(p, map_q, map_means, schedule);
+  return cudaGetLastError();
 }
 
 }  // namespace moba::cuda::sm90

@@ -83,7 +83,8 @@ cudaError_t Current<T, kHeadDim, kMode>::launch(const CurrentParams& p, const CU
   using P = Plan<kHeadDim, kMode>;
   constexpr int kBytes = sizeof(typename P::Memory);
   const auto kernel = current_kernel<T, kHeadDim, kMode>;
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  static SharedMemory shared;
+  const cudaError_t status = shared.allow(reinterpret_cast<const void*>(kernel), kBytes);
   if (status != cudaSuccess) return status;
   return launch_dependent(kernel, {grid, P::kThreads, kBytes}, stream, p, map_q, map_k, map_v, schedule);
 }

@@ -71,7 +71,8 @@ inline void attend_hopper(const Problem& problem, const Tensor& q, const Tensor&
                           const Tensor& route, int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale,
                           const Tensor& out, const Tensor& lse) {
   const Shape& shape = problem.shape();
-  const bool query_major = sm90::query_major(shape, max_seqlen_q, max_seqlen_k), listed = shape.slots > 0 && !query_major;
+  const bool query_major = sm90::query_major(shape, max_seqlen_q, max_seqlen_k);
+  const bool listed = shape.slots > 0 && !query_major;
   const auto attend = [&](const sm90::PastLists& lists, const sm90::Partials& partials) {
     if (listed) {
       const sm90::PastParams past{

@@ -19,8 +19,8 @@ struct Launch {
   int threads, shared_bytes, cluster = 1;
 };
 
-// Lets one kernel have more dynamic shared memory than all have. Asking the driver takes half a microsecond, a tenth of a
-// launch, so it is asked once a device.
+// Lets one kernel have more dynamic shared memory than all have. Asking the driver takes half a microsecond, a tenth of
+// a launch, so it is asked once a device.
 class SharedMemory {
  public:
   cudaError_t allow(const void* kernel, int bytes) {

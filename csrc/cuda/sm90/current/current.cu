@@ -16,6 +16,7 @@ using namespace current;
 // run at lower speed). Long blocks: at least so many, as the tiles of each go through its keys side by side.
 constexpr int64_t kTogetherBytes = int64_t(20) << 20;
 constexpr int64_t kTogether = 16;
+// Blocks of up to so many tiles of queries, with partial results, are dealt in order.
 constexpr int64_t kInOrderSpan = 8;
 constexpr int64_t kMaskedKeys = kMaskedSteps * kKeys;
 

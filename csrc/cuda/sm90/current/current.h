@@ -14,9 +14,9 @@ namespace moba::cuda::sm90 {
 // can be attended to so is what query_major says. Rows without a visible key get 0 and minus infinity.
 cudaError_t launch_current(const CurrentParams& params, Dtype dtype, cudaStream_t stream);
 
-// Whether a call is attended to by queries, from a route and without lists: its sequences are so short that masked scores
-// cost less than partial results. Wants blocks of whole key tiles, and sequences of as many as a word has bits. An
-// estimate for one query, from what is the same in every batch that its sequence can be in.
+// Whether a call is attended to by queries, from a route and without lists: its sequences are so short that masked
+// scores cost less than partial results. Wants blocks of whole key tiles, and sequences of as many as a word has bits.
+// An estimate for one query, from what is the same in every batch that its sequence can be in.
 bool query_major(const Shape& shape, int64_t max_seqlen_q, int64_t max_seqlen_k);
 
 namespace current {

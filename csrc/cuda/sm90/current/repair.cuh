@@ -1,8 +1,8 @@
 // Rows of Mode::kMasked that came out not finite, computed again term by term.
 //
-// Tensor cores multiply masked terms in with weight 0, and the softmax with a bias of minus infinity, which makes NaN of
-// a value or a score that is NaN or infinite. Nothing turns that back into a number, so a row that comes out finite has
-// met none, and finite data pays nothing. What the others cost is bounded by their visible keys.
+// Tensor cores multiply masked terms in with weight 0, and the softmax with a bias of minus infinity, which makes NaN
+// of a value or a score that is NaN or infinite. Nothing turns that back into a number, so a row that comes out finite
+// has met none, and finite data pays nothing. What the others cost is bounded by their visible keys.
 #pragma once
 
 #include "cuda/sm90/current/choice.cuh"
@@ -26,7 +26,8 @@ struct Repair {
     float sum = 0;
 #pragma unroll 1
     for (int i = 0; i < kHeadDim / 8; ++i) {
-      const uint4 a = __ldg(reinterpret_cast<const uint4*>(query) + i), b = __ldg(reinterpret_cast<const uint4*>(key) + i);
+      const uint4 a = __ldg(reinterpret_cast<const uint4*>(query) + i);
+      const uint4 b = __ldg(reinterpret_cast<const uint4*>(key) + i);
       const uint32_t words_a[4] = {a.x, a.y, a.z, a.w}, words_b[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {

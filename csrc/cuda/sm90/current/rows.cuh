@@ -91,8 +91,8 @@ struct Rows {
     sum[0] = sum[1] = 0;
   }
 
-  // Scores become weights relative to the largest score so far; returns what to multiply earlier sums with. Weights of a
-  // row that does not see these keys become 0, if the scores are finite.
+  // Scores become weights relative to the largest score so far; returns what to multiply earlier sums with. Weights of
+  // a row that does not see these keys become 0, if the scores are finite.
   __device__ __forceinline__ float2 soften(float (&scores)[kKeys / 2], float scale, bool seen_a, bool seen_b) {
     float a = fmaxf(scores[0], scores[1]), b = fmaxf(scores[2], scores[3]);
 #pragma unroll

@@ -11,8 +11,9 @@ namespace moba::cuda::sm90::current {
 //
 // All CTAs work on `together` segments at a time, so that those of the same block find its keys in the L2 cache. The
 // tiles of these segments are dealt by falling cost, which is where they stand in their block, and in alternating
-// direction, so that all shares cost about the same. Or, `in_order`: neighbours in time too, for the order of the partial
-// results; where a segment's tiles would go to the same CTAs as those of the last round, they take turns.
+// direction, so that all shares cost about the same. Or, `in_order`, all tiles one after the other, as partial results
+// of neighbouring rows lie side by side; the places of the tiles in their segments are turned from round to round, so
+// that each CTA has long ones and short ones.
 template <class F>
 __device__ __forceinline__ void for_each_share(const Schedule& schedule, F f) {
   const int ctas = static_cast<int>(gridDim.x), all = schedule.units * schedule.segments;

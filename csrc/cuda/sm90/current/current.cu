@@ -16,8 +16,9 @@ using namespace current;
 // run at lower speed). Long blocks: at least so many, as the tiles of each go through its keys side by side.
 constexpr int64_t kTogetherBytes = int64_t(20) << 20;
 constexpr int64_t kTogether = 16;
-// Blocks of up to so many tiles of queries, with partial results, are dealt in order.
-constexpr int64_t kInOrderSpan = 8;
+// With partial results, blocks of up to so many tiles of queries are dealt in order, if there are so many that the
+// shares come out even.
+constexpr int64_t kInOrderSpan = 4;
 constexpr int64_t kMaskedKeys = kMaskedSteps * kKeys;
 
 // What a query costs by way of lists beside its products, in keys that it could be multiplied with in that time: once,
@@ -41,7 +42,7 @@ Schedule make_schedule(const CurrentParams& p, int64_t tile_rows, int64_t proces
   // If that is not far off, as many as give all CTAs the same number of tiles.
   const int64_t wanted = std::max(kTogether, kTogetherBytes / segment_bytes);
   const int64_t together = wanted - wanted % std::min(wanted, processors / std::gcd(processors, span));
-  const bool in_order = p.lists.positions != nullptr && span <= kInOrderSpan;
+  const bool in_order = p.lists.positions != nullptr && span <= kInOrderSpan && units * segments >= processors;
   if (units * segments * span > INT32_MAX || shape.keys > INT32_MAX - kKeys) return {};
   const int64_t chosen_steps = std::clamp<int64_t>(p.shape.block_size / kKeys, 1, kMaskedSteps);
   return {
@@ -86,8 +87,12 @@ cudaError_t with_kernel(const CurrentParams& p, Dtype dtype, F f) {
 
 bool query_major(const Shape& shape, int64_t max_seqlen_q, int64_t max_seqlen_k) {
   if (shape.slots == 0 || shape.block_size % kKeys != 0 || max_seqlen_k > kMaskedKeys) return false;
+  // A tile of few queries costs as much as a full one, and lists hold all heads of a key head together.
+  if (max_seqlen_q < 2 * kRows && shape.heads_per_key_head() > 1) return false;
   const int64_t past = std::min(shape.slots, ceil_divide(max_seqlen_k, shape.block_size)) - 1;
-  const int64_t by_queries = max_seqlen_k - max_seqlen_q / 2 + kKeys / 2;
+  // By the queries of a tile together, at most.
+  const int64_t chosen = (std::min<int64_t>(max_seqlen_q, 2 * kRows) * past + 1) * shape.block_size;
+  const int64_t by_queries = std::min(max_seqlen_k - max_seqlen_q / 2 + kKeys / 2, chosen);
   const int64_t by_keys = kListCost + past * (shape.block_size + kEntryCost);
   return by_queries <= by_keys;
 }

@@ -1,5 +1,6 @@
 // Gradients of _attend. The routing is a constant: nothing flows through gate scores or block means.
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
 #include "operators.h"
@@ -68,6 +69,13 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor
                                   const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
                                   SymInt max_seqlen_q, SymInt max_seqlen_k, int64_t block_size, double softmax_scale,
                                   bool deterministic) {
+  // Nobody asks for gradients: no node.
+  const auto has_tangent = [](const Tensor& tensor) { return tensor._fw_grad(/*level=*/0).defined(); };
+  if (!torch::autograd::compute_requires_grad(q, k, v) && !has_tangent(q) && !has_tangent(k) && !has_tangent(v)) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return call_attend(q, k, v, route, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size,
+                       softmax_scale, deterministic);
+  }
   auto results = Attend::apply(q, k, v, route, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size,
                                softmax_scale, deterministic);
   return {results[0], results[1]};

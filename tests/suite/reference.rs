@@ -108,6 +108,8 @@ fn shapes_of_the_tensor_core_kernels() {
     cases.push(Case::new(401, 128, 32, 4).queries(133).heads(4, 2).batch(2));
     cases.push(Case::new(300, 64, 16, 9).queries(1).heads(4, 1));
     cases.push(Case::new(640, 64, 512, 2).heads(2, 1));
+    cases.push(Case::new(700, 128, 128, 3).heads(4, 2));
+    cases.push(Case::new(900, 64, 256, 2).queries(333).heads(2, 1).batch(2));
     for device in devices() {
         for kind in [Kind::BFloat16, Kind::Half] {
             for (n, case) in cases.iter().enumerate().filter(|(_, case)| !small() || case.seqlen_k <= 130) {

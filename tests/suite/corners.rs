@@ -210,6 +210,15 @@ fn poison(case: &Case, x: &Tensor, token: i64, value: f64, chosen: &Tensor) -> (
     (poisoned, naive::mask(case, chosen).i((.., .., .., token)))
 }
 
+/// A value and the token that it is put into, in shapes of all kernels.
+fn poisoned_cases() -> impl Iterator<Item = (Case, f64, i64)> {
+    // Lists of whole key tiles, lists of parts of them, and masked key tiles.
+    let shapes = [(64, 16, 8), (200, 64, 64), (150, 128, 32), (300, 64, 128), (290, 128, 128)];
+    let cases = shapes.map(|(seqlen, head_dim, block_size)| Case::new(seqlen, head_dim, block_size, 2));
+    let poisons = [(f64::NAN, 13), (f64::INFINITY, 40), (f64::NEG_INFINITY, 0), (f64::NAN, 63)];
+    cases.into_iter().flat_map(move |case| poisons.map(|(value, token)| (case, value, token)))
+}
+
 fn assert_rows(what: &dyn std::fmt::Display, reached: &Tensor, x: &Tensor, clean: &Tensor) {
     let non_finite = x.isfinite().logical_not();
     let rows = if x.dim() == 4 { non_finite.any_dim(3, false) } else { non_finite };
@@ -223,8 +232,7 @@ fn assert_rows(what: &dyn std::fmt::Display, reached: &Tensor, x: &Tensor, clean
 fn a_non_finite_value_reaches_only_its_readers() {
     for device in devices() {
         for kind in KINDS {
-            for (value, token) in [(f64::NAN, 13), (f64::INFINITY, 40), (f64::NEG_INFINITY, 0), (f64::NAN, 63)] {
-                let case = Case::new(64, 16, 8, 2);
+            for (case, value, token) in poisoned_cases() {
                 let inputs = case.inputs(5, kind, device);
                 let config = case.config();
                 let chosen = route(&inputs.q, &inputs.k, &config).unwrap();
@@ -234,7 +242,7 @@ fn a_non_finite_value_reaches_only_its_readers() {
                     Results::of(&inputs, |q, k, v| moba_attention_with_lse(q, k, v, &config).unwrap())
                 };
                 let (clean, dirty) = (run(&inputs.v), run(&v));
-                let what = |name| format!("{name}: {value} in value {token}, {kind:?} on {device:?}");
+                let what = |name| format!("{name}: {value} in value {token}, {case:?} {kind:?} on {device:?}");
                 assert_rows(&what("out"), &reached, &dirty.out, &clean.out);
                 assert_rows(&what("dq"), &reached, &dirty.dq, &clean.dq);
                 assert_rounding(&what("lse"), &dirty.lse, &clean.lse);
@@ -253,15 +261,14 @@ fn a_non_finite_value_reaches_only_its_readers() {
 fn a_non_finite_key_reaches_only_its_readers() {
     for device in devices() {
         for kind in KINDS {
-            for (value, token) in [(f64::NAN, 13), (f64::INFINITY, 40), (f64::NEG_INFINITY, 0), (f64::NAN, 63)] {
-                let case = Case::new(64, 16, 8, 2);
+            for (case, value, token) in poisoned_cases() {
                 let inputs = case.inputs(6, kind, device);
                 let config = case.config();
                 let clean_route = route(&inputs.q, &inputs.k, &config).unwrap();
                 let (k, _) = poison(&case, &inputs.k, token, value, &clean_route);
                 let chosen = route(&inputs.q, &k, &config).unwrap();
                 let (_, reached) = poison(&case, &inputs.k, token, value, &chosen);
-                let what = |name| format!("{name}: {value} in key {token}, {kind:?} on {device:?}");
+                let what = |name| format!("{name}: {value} in key {token}, {case:?} {kind:?} on {device:?}");
                 // The order of all other blocks is untouched: without the poisoned one, both routings list the same
                 // blocks, up to the slot that it frees or takes.
                 let (a, b) = [&clean_route, &chosen]

@@ -36,7 +36,9 @@ struct Consumer {
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
     return thread - kWarpgroup;
   }
+  // For the warp, after what its other lanes read.
   __device__ __forceinline__ void arrive(uint64_t* barrier) {
+    __syncwarp();
     if (thread() % 32 == 0) mbarrier_arrive(shared_address(barrier));
   }
 

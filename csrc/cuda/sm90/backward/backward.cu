@@ -53,12 +53,13 @@ Workspace lay_out(Layout& layout, const Shape& shape, int64_t units_k, const Bac
   work.rows = heads_rows(shape);
   work.entries = capacity(shape);
   work.partial_rows = partial_rows(shape);
+  work.pass_tiles = static_cast<int32_t>(plan.pass_tiles);
   work.lse = layout.take<float>(rows);
   work.own_lse = layout.take<float>(rows);
   work.delta = layout.take<float>(rows);
   work.sums = layout.take<float>(sums ? rows * shape.head_dim : 0);
   work.partials =
-      layout.take<uint16_t>(plan.reduce ? 0 : plan.pass_tiles * units_k * partial_rows(shape) * shape.head_dim);
+      layout.take<uint16_t>(plan.reduce ? 0 : units_k * partial_rows(shape) * plan.pass_tiles * shape.head_dim);
   work.items = layout.take<Item>(key_tiles + max_slabs(processors));
   work.splits = layout.take<Item>(key_tiles);
   work.slabs = layout.take<float>(max_slabs(processors) * 2 * kKeyTile * shape.head_dim);

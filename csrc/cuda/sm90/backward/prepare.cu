@@ -29,14 +29,14 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t unit = p.lists.units_k.begin * work.heads + local;
   // All loads at once.
   const auto load = [&](const Source& source) {
-    return *reinterpret_cast<const Part<T>*>(unit_base<T>(source, unit, shape.heads) + row * source.row +
+    return *reinterpret_cast<const Part<T>*>(unit_rows<T>(source, unit, shape.heads) + row * source.row +
                                              lane * kColumns);
   };
   const Part<T> dout = load(p.dout), out = load(p.out);
   float lse = 0, dlse = 0;
   if (lane == 0) {
-    lse = unit_base<float>(p.lse, unit, shape.heads)[row * p.lse.row];
-    dlse = unit_base<float>(p.dlse, unit, shape.heads)[row * p.dlse.row];
+    lse = unit_rows<float>(p.lse, unit, shape.heads)[row * p.lse.row];
+    dlse = unit_rows<float>(p.dlse, unit, shape.heads)[row * p.dlse.row];
   }
   const int slots = static_cast<int>(shape.slots);
   bool current = false;

@@ -96,7 +96,8 @@ struct Producer {
     const bool there = entry != kNobody, own = !in_list();
     const uint32_t head = there ? entry >> kRowBits : 0, row = there ? entry & kRowMask : 0;
     const uint32_t index = head * static_cast<uint32_t>(p.shape.rows) + row;
-    const uint32_t target = kReduce ? index : own ? static_cast<uint32_t>(work.entries) + index : list_first + i;
+    const uint32_t part = own ? static_cast<uint32_t>(work.entries) + index : list_first + i;
+    const uint32_t target = kReduce ? index : part * work.pass_tiles;
     tile.target[i] = there ? target : kNobody;
     const int64_t from = item.unit_k * work.rows + index;
     cp_async_4(shared_address(&tile.lse[at]), (own ? work.own_lse : work.lse) + from, there ? 4 : 0);
@@ -109,7 +110,7 @@ struct Producer {
       tile.rows = work.sums + item.unit_k * work.rows * kHeadDim;
     } else {
       tile.rows = static_cast<T*>(work.partials) +
-                  (source->tile * p.lists.units_k.count + item.unit_k) * work.partial_rows * kHeadDim;
+                  (item.unit_k * work.partial_rows * work.pass_tiles + source->tile) * kHeadDim;
     }
     tile.kind = last ? kLast : kMore;
     tile.shift = shift;

@@ -16,7 +16,8 @@ struct Row {
   const BackwardParams& p;
   const Workspace& work;
   const Pass& pass;
-  int64_t local, row;  // unit of the lists, row of the unit
+  int local;  // unit of the lists
+  int64_t row;  // of the unit
   int lane;
   unsigned lanes;
 
@@ -36,16 +37,17 @@ struct Row {
 
   // Key tiles of the pass in the row's own block with a key that it sees.
   __device__ __forceinline__ int own_tiles() const {
-    const int64_t position = sequence_of_row(p.shape, row).position(row);
+    const int32_t position = static_cast<int32_t>(sequence_of_row(p.shape, row).position(row));
     if (position < 0) return 0;
-    return static_cast<int>(min(position % p.shape.block_size / kKeyTile + 1 - pass.tile_begin, int64_t(pass.tiles)));
+    const int32_t block_size = static_cast<int32_t>(min(p.shape.block_size, p.shape.keys));
+    return min(position % block_size / kKeyTile + 1 - pass.tile_begin, pass.tiles);
   }
 
   __device__ __forceinline__ void add_partials(float (&values)[kColumns]) const {
-    const int64_t unit_k = local / p.shape.heads_per_key_head();
-    const int64_t own_row = capacity(p.shape) + index() - unit_k * heads_rows(p.shape);
-    const T* partials = static_cast<const T*>(work.partials) + unit_k * partial_rows(p.shape) * kHeadDim;
-    const int64_t tile_stride = p.lists.units_k.count * partial_rows(p.shape) * kHeadDim;
+    const int64_t unit_k = local / work.heads;
+    const int64_t own_row = work.entries + index() - unit_k * work.rows;
+    const T* partials =
+        static_cast<const T*>(work.partials) + unit_k * work.partial_rows * work.pass_tiles * kHeadDim + lane * kColumns;
     const int32_t* positions = p.lists.positions + index() * p.shape.slots;
     const int slots = static_cast<int>(p.shape.slots), tiles = pass.tiles, own = own_tiles();
     for (int slot0 = 0; slot0 < slots; slot0 += kLanes) {
@@ -61,8 +63,8 @@ struct Row {
           const int32_t position = __shfl_sync(lanes, looked_up, slot, kLanes);
           written[i] = first + i < count && (position >= 0 || (position == kCurrent && tile < own));
           if (written[i]) {
-            const int64_t at = tile * tile_stride + (position >= 0 ? position : own_row) * kHeadDim;
-            words[i] = __ldcs(reinterpret_cast<const uint4*>(partials + at) + lane);
+            const int64_t part = (position >= 0 ? position : own_row) * work.pass_tiles + tile;
+            words[i] = __ldcs(reinterpret_cast<const uint4*>(partials + part * kHeadDim));
           }
           if (++tile == tiles) {
             tile = 0;
@@ -111,7 +113,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
   transpose(words);
   if (!exists) return;
   if (!all_finite(values)) work.counters->broken = 1;
-  T* dq = unit_base<T>(p.dq, p.lists.units_k.begin * shape.heads_per_key_head() + local, shape.heads) + row * p.dq.row +
+  T* dq = unit_rows<T>(p.dq, p.lists.units_k.begin * work.heads + local, shape.heads) + row * p.dq.row +
           lane * kColumns;
   *reinterpret_cast<uint4*>(dq) = make_uint4(words[0], words[1], words[2], words[3]);
 }

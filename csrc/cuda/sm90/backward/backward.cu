@@ -91,12 +91,12 @@ cudaError_t launch_backward(const BackwardParams& p, const BackwardPlan& plan, v
   if (status != cudaSuccess) return status;
   Layout layout(workspace);
   const Workspace work = lay_out(layout, p.shape, p.lists.units_k.count, plan, processors);
-  status = launch_prepare(p, work, plan.reduce, dtype, stream);
   const int64_t tiles = block_tiles(p.shape);
   for (int64_t tile = 0; tile < tiles && status == cudaSuccess; tile += plan.pass_tiles) {
     const int64_t count = std::min(plan.pass_tiles, tiles - tile);
     const Pass pass{static_cast<int32_t>(tile), static_cast<int32_t>(count), tile == 0, tile + count == tiles};
     status = launch_items(p, work, pass, processors, stream);
+    if (status == cudaSuccess && pass.first) status = launch_prepare(p, work, plan.reduce, dtype, stream);
     if (status == cudaSuccess) {
       status = with_products(p.shape, dtype, [&](auto products) {
         return decltype(products)::launch(p, work, plan.reduce, processors, stream);

@@ -2,6 +2,7 @@
 // hold a row, in the permuted order of the products; four of them exchange what they hold of 32 columns at the end.
 #include "cuda/portable/unit.cuh"
 #include "cuda/sm90/backward/store.cuh"
+#include "cuda/sm90/dependent.cuh"
 
 namespace moba::cuda::sm90::backward {
 namespace {
@@ -88,6 +89,8 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
     queries_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ Workspace work,
                    const __grid_constant__ Pass pass, int unit_blocks) {
   constexpr int kLanes = kHeadDim / kColumns;
+  wait_for_earlier();
+  let_next_start();
   const Shape& shape = p.shape;
   const int local = static_cast<int>(blockIdx.x) / unit_blocks;
   const int block = static_cast<int>(blockIdx.x) - local * unit_blocks;
@@ -125,8 +128,8 @@ cudaError_t launch(const BackwardParams& p, const Workspace& work, const Pass& p
   const int64_t grid = p.lists.units_k.count * p.shape.heads_per_key_head() * unit_blocks;
   if (!fits_grid(grid)) return cudaErrorInvalidValue;
   const auto kernel = reduce ? queries_kernel<T, kHeadDim, true> : queries_kernel<T, kHeadDim, false>;
-  kernel<<<static_cast<unsigned>(grid), kThreadsPerBlock, 0, stream>>>(p, work, pass, static_cast<int>(unit_blocks));
-  return cudaGetLastError();
+  return launch_dependent(kernel, {static_cast<unsigned>(grid), kThreadsPerBlock, 0}, stream, p, work, pass,
+                          static_cast<int>(unit_blocks));
 }
 
 }  // namespace

@@ -113,14 +113,6 @@ __device__ __forceinline__ void bulk_store_streaming(void* to, uint32_t from, in
       "r"(from), "r"(bytes), "l"(kEvictFirst)
       : "memory");
 }
-// Adds float from shared memory to float in memory; the order among threads is open.
-__device__ __forceinline__ void bulk_add(float* to, uint32_t from, int bytes) {
-  asm volatile(
-      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n"
-      "cp.async.bulk.commit_group;" ::"l"(to),
-      "r"(from), "r"(bytes)
-      : "memory");
-}
 // Until what this thread stores from may be written again; or until all is stored.
 __device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 __device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }

@@ -15,6 +15,7 @@ template <class T, int kHeadDim, bool kReduce>
 struct Consumer {
   using M = Memory<kHeadDim>;
   static constexpr int kScores = kQueryTile / 2, kSums = kHeadDim / 2, kQuery = kHeadDim / 4;
+  using Row = ArrangedRow<kReduce, kQuery>;
 
   const BackwardParams& p;
   const Workspace& work;
@@ -189,15 +190,13 @@ struct Consumer {
     }
   }
 
-  // dq of a tile, out of the registers of the product, which the next one needs soon. `turn` is that of the next tile.
-  __device__ __forceinline__ void stage_queries() {
-    mbarrier_wait(shared_address(&memory.staged_empty), turn);
-    stage_rows<T, kHeadDim, kReduce>(dq(), static_cast<float>(p.softmax_scale), shared_address(memory.staged), half,
-                                     thread());
+  template <int kHalf>
+  __device__ __forceinline__ Row arrange() {
+    return arrange_row<T, kReduce, kHalf>(dq(), static_cast<float>(p.softmax_scale), thread());
   }
-  __device__ __forceinline__ void publish_queries() {
-    fence_proxy_async();
-    arrive(&memory.staged_full);
+  template <int kHalf>
+  __device__ __forceinline__ void store(const Row& row, const Tile& tile) {
+    store_row<T, kHeadDim, kReduce, kHalf>(row, tile, half, thread());
   }
 
   __device__ __forceinline__ void store_slab(const float (&sums)[kSums], int slab, int which) {
@@ -244,9 +243,12 @@ struct Consumer {
     wgmma_wait<2>();  // dv and dq
     settle(weights);
     settle(dq());
-    stage_queries();
+    const Row first = arrange<0>();
+    if (kReduce) store<0>(first, memory.tiles[done]);  // both rows would not fit the registers
+    const Row second = arrange<1>();
     multiply_change();
-    publish_queries();
+    if (!kReduce) store<0>(first, memory.tiles[done]);
+    store<1>(second, memory.tiles[done]);
     const Numbers lse = numbers(tile.lse);
     first_half(lse, masked, done);
     return more;
@@ -260,8 +262,8 @@ struct Consumer {
     wgmma_wait<1>();
     settle(weights);
     settle(dq());
-    stage_queries();
-    publish_queries();
+    store<0>(arrange<0>(), memory.tiles[stage.slot]);
+    store<1>(arrange<1>(), memory.tiles[stage.slot]);
     wgmma_wait<0>();
     settle(dk);
     settle(dv);

@@ -25,22 +25,13 @@ __device__ __forceinline__ int place_of(int query) { return query % 8 / 2 * 20 +
 struct Tile {
   alignas(16) float lse[kPlaces], delta[kPlaces];
   uint32_t target[kQueryTile];  // row of dq in its key head; kNobody beyond the end
+  // Where the rows begin in q and dout of the key head, in parts of 16 bytes; negative beyond the end.
+  int32_t queries[kQueryTile], gradients[kQueryTile];
   void* rows;  // row 0 of the sums or partials that `target` counts from
   Kind kind;
   int32_t shift;                          // key i is not after query j if i <= j + shift
   int32_t masked;                         // whether any pair of the tile does not count
   int32_t unit_k, key_begin, keys, slab;  // see Item
-};
-
-// dq of a tile on its way to memory: rows of float or of the dtype of q. Even rows, then odd ones 64 bytes off, so that
-// what eight lanes write at a time, 64 bytes of two rows, lies in different banks.
-template <int kHeadDim, bool kReduce>
-struct Staged {
-  static constexpr int kRowBytes = kHeadDim * (kReduce ? 4 : 2);
-  static constexpr int kOdd = kQueryTile / 2 * kRowBytes + 64;
-  static constexpr int kBytes = kQueryTile * kRowBytes + 128;
-
-  __device__ __forceinline__ static uint32_t offset(int row) { return row % 2 * kOdd + row / 2 * kRowBytes; }
 };
 
 template <int kHeadDim>
@@ -54,11 +45,9 @@ struct Memory {
   unsigned char keys[kKeyTile * kHeadDim * 2], values[kKeyTile * kHeadDim * 2];
   unsigned char queries[kStages][kQueryTile * kHeadDim * 2], gradients[kStages][kQueryTile * kHeadDim * 2];
   unsigned char changes[2][kKeyTile * kQueryTile * 2];  // of the scores: a row a key
-  unsigned char staged[Staged<kHeadDim, true>::kBytes];
   Tile tiles[kStages];
   uint64_t full[kStages], empty[kStages];
   uint64_t keys_full, keys_empty;
-  uint64_t staged_full, staged_empty;
   int32_t items[2];
 };
 static_assert(sizeof(Memory<128>) <= 232448 && sizeof(Memory<64>) <= 232448, "227 KiB of shared memory");

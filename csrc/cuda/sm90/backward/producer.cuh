@@ -21,9 +21,6 @@ struct Producer {
   M& memory;
 
   Ring<M::kStages> stage;
-  int oldest = 0;        // slot of the first tile whose dq has not been moved to memory
-  int unmoved = 0;       // such tiles
-  uint32_t staged = 0;   // parity of memory.staged_full
   const uint4* queries;     // of the key head's first head
   const uint4* gradients;   // of the queries
   const Item* source;       // of `item`, for what is rarely read
@@ -84,13 +81,6 @@ struct Producer {
     return i < item.own_rows ? static_cast<uint32_t>(own_head) << kRowBits | (item.own_begin + i) : kNobody;
   }
 
-  // Where the row of an entry begins, in parts of 16 bytes; negative beyond the end.
-  __device__ __forceinline__ static int32_t offset_of(uint32_t entry, const Source& rows) {
-    return entry == kNobody
-               ? -1
-               : static_cast<int32_t>(((entry >> kRowBits) * rows.head + (entry & kRowMask) * rows.row) / 8);
-  }
-
   __device__ __forceinline__ void describe(Tile& tile, uint32_t entry) {
     const int i = looked_up(), at = place_of(i);
     const bool there = entry != kNobody, own = !in_list();
@@ -99,6 +89,8 @@ struct Producer {
     const uint32_t part = own ? static_cast<uint32_t>(work.entries) + index : list_first + i;
     const uint32_t target = kReduce ? index : part * work.pass_tiles;
     tile.target[i] = there ? target : kNobody;
+    tile.queries[i] = there ? static_cast<int32_t>((head * p.q.head + row * p.q.row) / 8) : -1;
+    tile.gradients[i] = there ? static_cast<int32_t>((head * p.dout.head + row * p.dout.row) / 8) : -1;
     const int64_t from = item.unit_k * work.rows + index;
     cp_async_4(shared_address(&tile.lse[at]), (own ? work.own_lse : work.lse) + from, there ? 4 : 0);
     cp_async_4(shared_address(&tile.delta[at]), work.delta + from, there ? 4 : 0);
@@ -123,7 +115,7 @@ struct Producer {
   }
 
   // Rows of the queries or of their gradients.
-  __device__ __forceinline__ void copy_rows(const unsigned char* to, const uint4* base, int32_t offset) {
+  __device__ __forceinline__ void copy_rows(const unsigned char* to, const uint4* base, const int32_t* rows) {
     const uint4* from = base + lane() % kParts;
     const int part = lane() % kParts, row = lane() / kParts;
     const uint32_t at = shared_address(to) + part / 8 * M::kQueryPanel + warp() * (kWarpTile * kPanelRowBytes) +
@@ -133,9 +125,7 @@ struct Producer {
     for (int first = 0; first < kWarpTile / kWarpRows; first += kAtOnce) {
       int32_t offsets[kAtOnce];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        offsets[i] = __shfl_sync(0xffffffffu, offset, (first + i) * kWarpRows + row);
-      }
+      for (int i = 0; i < kAtOnce; ++i) offsets[i] = rows[warp() * kWarpTile + (first + i) * kWarpRows + row];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         // As swizzled() of row (first + i) * kWarpRows + row.
@@ -147,40 +137,13 @@ struct Producer {
 
   __device__ __forceinline__ void gather(uint32_t entry, bool last) {
     Tile& tile = memory.tiles[stage.slot];
-    const bool moves = unmoved == M::kStages;
-    if (moves) move_queries();
     mbarrier_wait(shared_address(&memory.empty[stage.slot]), stage.phase ^ 1);
     if (lane() < kWarpTile) describe(tile, entry);
     if (threadIdx.x == 0) describe_all(tile, last);
-    copy_rows(memory.queries[stage.slot], queries, offset_of(entry, p.q));
-    copy_rows(memory.gradients[stage.slot], gradients, offset_of(entry, p.dout));
-    publish();
-    ++unmoved;
-    if (moves) release_staged();
-  }
-
-  // dq of the oldest tile that is still on its way, to memory. Its row numbers are those that this warp looked up.
-  __device__ __forceinline__ void move_queries() {
-    mbarrier_wait(shared_address(&memory.staged_full), staged);
-    if (lane() < kWarpTile) {
-      move_row<T, kHeadDim, kReduce>(memory.tiles[oldest], shared_address(memory.staged), looked_up());
-    }
-    staged ^= 1;
-    if (++oldest == M::kStages) oldest = 0;
-    --unmoved;
-  }
-  __device__ __forceinline__ void release_staged() {
-    bulk_wait_read();
     __syncwarp();
-    if (lane() == 0) mbarrier_arrive(shared_address(&memory.staged_empty));
-  }
-  // Until at most `left` tiles are on their way.
-  __device__ __forceinline__ void move_all_queries(int left) {
-#pragma unroll 1
-    while (unmoved > left) {
-      move_queries();
-      release_staged();
-    }
+    copy_rows(memory.queries[stage.slot], queries, tile.queries);
+    copy_rows(memory.gradients[stage.slot], gradients, tile.gradients);
+    publish();
   }
 
   __device__ __forceinline__ void publish() {
@@ -244,8 +207,6 @@ struct Producer {
         advance();
         if (left > 1) entry = entry_of();
         if (left < item.count) continue;
-        // The consumers come to the end of the item before only if all dq but that of its last tile is moved.
-        move_all_queries(2);
         mbarrier_wait(shared_address(&memory.keys_empty), turn ^ 1);
         load_rows(memory.keys, p.k);
         load_rows(memory.values, p.v);
@@ -257,8 +218,6 @@ struct Producer {
     __syncwarp();
     publish();
     cp_async_wait_all();
-    move_all_queries(0);
-    bulk_wait();
   }
 };
 

@@ -20,8 +20,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     mbarrier_init(shared_address(&memory.keys_full), kWarpgroup);
     mbarrier_init(shared_address(&memory.keys_empty), 4 * kConsumers);
-    mbarrier_init(shared_address(&memory.staged_full), 4 * kConsumers);
-    mbarrier_init(shared_address(&memory.staged_empty), 4);
     fence_proxy_async();
   }
   __syncthreads();

@@ -1,53 +1,69 @@
-// dq of a tile, from the registers of a consumer warpgroup to shared memory, and from there to the sums or partials.
+// dq of a tile, from the registers of a consumer warpgroup to the sums or partials.
 #pragma once
 
 #include "cuda/sm90/backward/plan.cuh"
 
 namespace moba::cuda::sm90::backward {
 
-// half: which columns the warpgroup has.
-template <class T, int kHeadDim, bool kReduce>
-__device__ __forceinline__ void stage_rows(const float (&values)[kHeadDim / 4], float factor, uint32_t staged, int half,
-                                           int thread) {
-  using S = Staged<kHeadDim, kReduce>;
-  constexpr int kParts = S::kRowBytes / 2 / 64;  // of 16 bytes, of each row
-  const int lane = thread % 32, row = thread % kWarpgroup / 32 * 16 + lane / 4;
-  const uint32_t to = staged + S::offset(row) + half * (S::kRowBytes / 2) + lane % 4 * 16;
+// What a thread has of dq in the first or second (kHalf) of its rows of a product, arranged for memory, 16 bytes after
+// 16 bytes. Out of the registers of the product, which the next one needs soon.
+template <bool kReduce, int kQuery>
+struct ArrangedRow {
+  uint32_t words[kReduce ? kQuery / 2 : kQuery / 4];
+};
+
+// In sums, lanes 16 apart exchange halves of what they hold of their rows, so that eight lanes add to 128 bytes in one
+// place: elements at and at + 8 of each 16 become those of the lower and of the upper row.
+template <class T, bool kReduce, int kHalf, int kQuery>
+__device__ __forceinline__ ArrangedRow<kReduce, kQuery> arrange_row(const float (&values)[kQuery], float factor,
+                                                                    int thread) {
+  ArrangedRow<kReduce, kQuery> row;
+  if constexpr (kReduce) {
+    const bool upper = thread & 16;
 #pragma unroll
-  for (int lower = 0; lower < 2; ++lower) {
+    for (int i = 0; i < kQuery / 4; ++i) {
+      const int part = i / 4, at = 16 * part + 2 * kHalf + i % 2 + i / 2 % 2 * 4;
+      const float received = __shfl_xor_sync(0xffffffffu, upper ? values[at] : values[at + 8], 16);
+      row.words[i] = __float_as_uint(upper ? received : values[at]);
+      row.words[kQuery / 4 + i] = __float_as_uint(upper ? values[at + 8] : received);
+    }
+  } else {
 #pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-      uint32_t words[4];
-      if constexpr (kReduce) {
-        const float* from = values + 8 * i + 2 * lower;
-        words[0] = __float_as_uint(from[0]);
-        words[1] = __float_as_uint(from[1]);
-        words[2] = __float_as_uint(from[4]);
-        words[3] = __float_as_uint(from[5]);
-      } else {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float* from = values + 4 * (4 * i + j) + 2 * lower;
-          words[j] = pack<T>(from[0] * factor, from[1] * factor);
-        }
-      }
-      shared_store_16(to + lower * (4 * S::kRowBytes) + i * 64, words[0], words[1], words[2], words[3]);
+    for (int i = 0; i < kQuery / 4; ++i) {
+      const int at = 4 * i + 2 * kHalf;
+      row.words[i] = pack<T>(values[at] * factor, values[at + 1] * factor);
     }
   }
+  return row;
 }
 
-// Row `row` of the tile, by one thread.
-template <class T, int kHeadDim, bool kReduce>
-__device__ __forceinline__ void move_row(const Tile& tile, uint32_t staged, int row) {
-  using S = Staged<kHeadDim, kReduce>;
-  const uint32_t target = tile.target[row];
-  if (target == kNobody) return;
-  const uint32_t from = staged + S::offset(row);
-  const int64_t to = static_cast<int64_t>(target) * kHeadDim;
+// half: which columns the warpgroup has.
+template <class T, int kHeadDim, bool kReduce, int kHalf>
+__device__ __forceinline__ void store_row(const ArrangedRow<kReduce, kHeadDim / 4>& row, const Tile& tile, int half,
+                                          int thread) {
+  constexpr int kParts = kHeadDim / 64;  // of 16 bytes, of each row
+  const int lane = thread % 32, first = thread % kWarpgroup / 32 * 16 + 8 * kHalf;
+  const uint32_t* words = row.words;
   if constexpr (kReduce) {
-    bulk_add(static_cast<float*>(tile.rows) + to, from, S::kRowBytes);
+    float* sums = static_cast<float*>(tile.rows) + half * (kHeadDim / 2) + lane / 16 * 16 + lane % 4 * 4;
+#pragma unroll
+    for (int up = 0; up < 2; ++up) {
+      const uint32_t target = tile.target[first + lane % 16 / 4 + 4 * up];
+      float* to = sums + static_cast<int64_t>(target) * kHeadDim;
+#pragma unroll
+      for (int i = 0; i < kParts; ++i, words += 4) {
+        add_in_memory(to + 32 * i, __uint_as_float(words[0]), __uint_as_float(words[1]), __uint_as_float(words[2]),
+                      __uint_as_float(words[3]), target != kNobody);
+      }
+    }
   } else {
-    bulk_store_streaming(static_cast<T*>(tile.rows) + to, from, S::kRowBytes);
+    const uint32_t target = tile.target[first + lane / 4];
+    T* to = static_cast<T*>(tile.rows) + static_cast<int64_t>(target) * kHeadDim + half * (kHeadDim / 2) + lane % 4 * 8;
+    if (target == kNobody) return;
+#pragma unroll
+    for (int i = 0; i < kParts; ++i, words += 4) {
+      store_streaming(to + 32 * i, words[0], words[1], words[2], words[3]);
+    }
   }
 }
 

@@ -149,8 +149,7 @@ struct Producer {
   __device__ __forceinline__ void publish() {
     const uint32_t full = shared_address(&memory.full[stage.slot]);
     cp_async_mbarrier_arrive(full);
-    __syncwarp();
-    if (lane() == 0) mbarrier_arrive(full);
+    mbarrier_arrive(full);
     stage.advance();
   }
 

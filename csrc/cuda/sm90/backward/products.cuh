@@ -15,11 +15,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto& memory = *reinterpret_cast<Memory<kHeadDim>*>(dynamic_memory);
   if (threadIdx.x == 0) {
     for (int i = 0; i < Memory<kHeadDim>::kStages; ++i) {
-      mbarrier_init(shared_address(&memory.full[i]), kWarpgroup + 4);
-      mbarrier_init(shared_address(&memory.empty[i]), 4 * kConsumers);
+      mbarrier_init(shared_address(&memory.full[i]), 2 * kWarpgroup);  // copies, and what is stored
+      mbarrier_init(shared_address(&memory.empty[i]), kConsumerThreads);
     }
     mbarrier_init(shared_address(&memory.keys_full), kWarpgroup);
-    mbarrier_init(shared_address(&memory.keys_empty), 4 * kConsumers);
+    mbarrier_init(shared_address(&memory.keys_empty), kConsumerThreads);
     fence_proxy_async();
   }
   __syncthreads();

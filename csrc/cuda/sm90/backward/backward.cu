@@ -11,9 +11,13 @@ using namespace backward;
 
 namespace {
 
-// dq in float of one key head, up to which it is summed in memory: so much stays in the L2 cache (50 MB). Twice as much
-// where a block has several key tiles, each with its own partial dq to write and read.
-constexpr int64_t kReduceBytes = int64_t(32) << 20;
+// Up to how many bytes of dq in float of one key head it is summed in memory: so much stays in the L2 cache (50 MB).
+// Twice as much where a block has several key tiles, each with its own partial dq to write and read. With four of them
+// sums are the faster way at any length.
+int64_t reduce_bytes(int64_t tiles) {
+  constexpr int64_t kBytes = int64_t(32) << 20;
+  return tiles >= 4 ? INT64_MAX : tiles > 1 ? 2 * kBytes : kBytes;
+}
 
 cudaError_t processors_of_device(int& processors) {
   int device = 0;
@@ -74,9 +78,9 @@ cudaError_t plan_backward(BackwardPlan& plan, const Shape& shape, int64_t units_
   const cudaError_t status = processors_of_device(processors);
   if (status != cudaSuccess) return status;
   const int64_t tile_bytes = units_k * partial_rows(shape) * shape.head_dim * 2;
-  const int64_t tiles = block_tiles(shape), reduce_bytes = tiles > 1 ? 2 * kReduceBytes : kReduceBytes;
+  const int64_t tiles = block_tiles(shape);
   plan.reduce =
-      !deterministic && (heads_rows(shape) * shape.head_dim * 4 <= reduce_bytes || tile_bytes * tiles > bytes);
+      !deterministic && (heads_rows(shape) * shape.head_dim * 4 <= reduce_bytes(tiles) || tile_bytes * tiles > bytes);
   plan.pass_tiles = plan.reduce ? tiles : std::clamp(bytes / tile_bytes, int64_t(1), tiles);
   Layout layout(nullptr);
   lay_out(layout, shape, units_k, plan, processors);

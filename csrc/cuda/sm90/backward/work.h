@@ -75,8 +75,8 @@ constexpr int64_t block_tiles(const Shape& shape) {
 
 // Work is cut so finely that each of `processors` gets several items, the last ones smaller.
 constexpr int64_t kItemsPerProcessor = 4;
-constexpr int64_t kLastTiles = 16;    // query tiles of each processor that are cut finely
-constexpr int64_t kSmallestItem = 8;  // query tiles
+constexpr int64_t kLastTiles = 24;     // query tiles of each processor that are cut finely
+constexpr int64_t kSmallestItem = 12;  // query tiles
 constexpr int64_t max_slabs(int64_t processors) {
   return processors * (kItemsPerProcessor + kLastTiles / kSmallestItem) * 4 / 3;
 }

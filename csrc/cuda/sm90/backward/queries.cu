@@ -1,5 +1,6 @@
 // dq: from the sums in memory, or as the sum of the partials of each row in the order of its slots. head_dim / 8 lanes
 // hold a row, in the permuted order of the products; four of them exchange what they hold of 32 columns at the end.
+// Runs beside the splits, whose thread blocks let it start when all earlier kernels are complete.
 #include "cuda/portable/unit.cuh"
 #include "cuda/sm90/backward/store.cuh"
 #include "cuda/sm90/dependent.cuh"
@@ -17,7 +18,7 @@ struct Row {
   const BackwardParams& p;
   const Workspace& work;
   const Pass& pass;
-  int local;  // unit of the lists
+  int local;    // unit of the lists
   int64_t row;  // of the unit
   int lane;
   unsigned lanes;
@@ -47,8 +48,8 @@ struct Row {
   __device__ __forceinline__ void add_partials(float (&values)[kColumns]) const {
     const int64_t unit_k = local / work.heads;
     const int64_t own_row = work.entries + index() - unit_k * work.rows;
-    const T* partials =
-        static_cast<const T*>(work.partials) + unit_k * work.partial_rows * work.pass_tiles * kHeadDim + lane * kColumns;
+    const T* partials = static_cast<const T*>(work.partials) + unit_k * work.partial_rows * work.pass_tiles * kHeadDim +
+                        lane * kColumns;
     const int32_t* positions = p.lists.positions + index() * p.shape.slots;
     const int slots = static_cast<int>(p.shape.slots), tiles = pass.tiles, own = own_tiles();
     for (int slot0 = 0; slot0 < slots; slot0 += kLanes) {
@@ -89,8 +90,8 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
     queries_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ Workspace work,
                    const __grid_constant__ Pass pass, int unit_blocks) {
   constexpr int kLanes = kHeadDim / kColumns;
-  wait_for_earlier();
   let_next_start();
+  if (blockIdx.x + 1 == gridDim.x) wait_for_earlier();  // so that this kernel ends after the splits
   const Shape& shape = p.shape;
   const int local = static_cast<int>(blockIdx.x) / unit_blocks;
   const int block = static_cast<int>(blockIdx.x) - local * unit_blocks;
@@ -116,8 +117,8 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
   transpose(words);
   if (!exists) return;
   if (!all_finite(values)) work.counters->broken = 1;
-  T* dq = unit_rows<T>(p.dq, p.lists.units_k.begin * work.heads + local, shape.heads) + row * p.dq.row +
-          lane * kColumns;
+  T* dq =
+      unit_rows<T>(p.dq, p.lists.units_k.begin * work.heads + local, shape.heads) + row * p.dq.row + lane * kColumns;
   *reinterpret_cast<uint4*>(dq) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 

@@ -66,12 +66,14 @@ struct Producer {
     return __shfl_sync(0xffffffffu, share, 0);
   }
   __device__ __forceinline__ int next_share(Ring<P::kShareSlots>& ring) {
-    mbarrier_wait(shared_address(&memory.share_full[ring.slot]), ring.phase);
-    const int share = memory.shares[ring.slot];
-    __syncwarp();
-    if (lane() == 0) mbarrier_arrive(shared_address(&memory.share_empty[ring.slot]));
+    int share = 0;
+    if (lane() == 0) {
+      mbarrier_wait(shared_address(&memory.share_full[ring.slot]), ring.phase);
+      share = memory.shares[ring.slot];
+      mbarrier_arrive(shared_address(&memory.share_empty[ring.slot]));
+    }
     ring.advance();
-    return share;
+    return __shfl_sync(0xffffffffu, share, 0);
   }
 
   __device__ __forceinline__ void push_tiles() {

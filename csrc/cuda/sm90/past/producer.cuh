@@ -48,11 +48,12 @@ struct Producer {
     ring.advance();
   }
 
-  // The next share, or -1; warp 1 learns of it too.
-  __device__ __forceinline__ int take_share(Ring<P::kShareSlots>& ring) {
+  // The next share, or -1; warp 1 learns of it too. The first ones need no ticket.
+  __device__ __forceinline__ int take_share(Ring<P::kShareSlots>& ring, bool first) {
     int share = 0;
     if (lane() == 0) {
-      share = atomicAdd(schedule.tickets, 1);
+      share = blockIdx.x;
+      if (!first) share = gridDim.x + atomicAdd(schedule.tickets, 1);
       if (share >= schedule.shares()) {
         share = -1;
         const unsigned ended = atomicInc(reinterpret_cast<unsigned*>(schedule.tickets + 1), gridDim.x - 1);
@@ -80,7 +81,7 @@ struct Producer {
     Ring<P::kShareSlots> shares;
     Ring<P::kTileSlots> ring;
     int number = 0;
-    for (int share; (share = take_share(shares)) >= 0;) {
+    for (int share = take_share(shares, true); share >= 0; share = take_share(shares, false)) {
       for_each_part<kTogether>(p, schedule, share, [&](int local, const UnitLists& lists, int tile, int end) {
         const int64_t unit_first = local * capacity(p.shape);
         const uint32_t* entries = p.lists.entries + unit_first;
@@ -142,7 +143,7 @@ struct Producer {
       const Tile& tile = memory.tiles[ring.slot];
       const uint32_t full = shared_address(&memory.query_full[query.slot]);
       mbarrier_wait(shared_address(&memory.tile_full[ring.slot]), ring.phase);
-      if (tile.item >= 0) {
+      if (tile.count > 0) {
         uint32_t entries[kEach];
 #pragma unroll
         for (int i = 0; i < kEach; i += 4) {
@@ -171,7 +172,7 @@ struct Producer {
         }
       } else {
         mbarrier_wait(shared_address(&memory.query_empty[query.slot]), query.phase ^ 1);
-        ++stops;
+        if (tile.item < 0) ++stops;
       }
       cp_async_mbarrier_arrive(full);
     }

@@ -44,6 +44,7 @@ struct Consumer {
   __device__ __forceinline__ int lane() const { return threadIdx.x % 32; }
   __device__ __forceinline__ int row() const { return threadIdx.x % kWarpgroup / 32 * 16 + lane() / 4; }
 
+  // For all lanes, which are done with what it hands back: after a __syncwarp.
   __device__ __forceinline__ void arrive(uint64_t* barrier, int count = 1) {
     if (lane() == 0) mbarrier_arrive(shared_address(barrier), count);
   }
@@ -64,28 +65,42 @@ struct Consumer {
     queries.advance(P::kConsumers);
   }
 
+  // Descriptors of an operand in shared memory. From an address that the compiler knows to be the same for all lanes it
+  // makes them in uniform registers, in fewer instructions; streamed blocks were slower so.
+  struct Operand {
+    uint32_t address, stride;
+    uint64_t first;
+
+    __device__ __forceinline__ Operand(uint32_t address, uint32_t stride)
+        : address(address),
+          stride(stride),
+          first(descriptor(kResident ? __shfl_sync(0xffffffffu, address, 0) : address, stride)) {}
+    __device__ __forceinline__ uint64_t at(int bytes) const {
+      return kResident ? moved(first, bytes) : descriptor(address + bytes, stride);
+    }
+  };
+
   __device__ __forceinline__ void multiply_keys(Scores& scores, uint32_t rows, uint32_t keys) {
+    const Operand a(rows, 16), b(keys, 16);
     wgmma_fence();
-    wgmma_shared_first<T>(scores, descriptor(rows, 16), descriptor(keys, 16), 0);
+    wgmma_shared_first<T>(scores, a.at(0), b.at(0), 0);
 #pragma unroll
     for (int i = 1; i < kHeadDim / 16; ++i) {
-      wgmma_shared<T>(scores, descriptor(rows + i / 4 * kQueryPanel + i % 4 * 32, 16),
-                      descriptor(keys + i / 4 * kKeyPanel + i % 4 * 32, 16), 1);
+      wgmma_shared<T>(scores, a.at(i / 4 * kQueryPanel + i % 4 * 32), b.at(i / 4 * kKeyPanel + i % 4 * 32), 1);
     }
     wgmma_commit();
   }
 
   __device__ __forceinline__ void multiply_values(Out& out, const Weights& weights, uint32_t values, bool accumulate) {
+    const Operand b(values, kKeyPanel);
     wgmma_fence();
     if constexpr (kResident) {
-      wgmma_registers_first<T>(out, weights, descriptor(values, kKeyPanel), 0);
+      wgmma_registers_first<T>(out, weights, b.at(0), 0);
     } else {
-      wgmma_registers<T>(out, weights, descriptor(values, kKeyPanel), accumulate);
+      wgmma_registers<T>(out, weights, b.at(0), accumulate);
     }
 #pragma unroll
-    for (int i = 1; i < kKeys / 16; ++i) {
-      wgmma_registers<T>(out, weights + 4 * i, descriptor(values + i * 16 * kPanelRowBytes, kKeyPanel), 1);
-    }
+    for (int i = 1; i < kKeys / 16; ++i) wgmma_registers<T>(out, weights + 4 * i, b.at(i * 16 * kPanelRowBytes), 1);
     wgmma_commit();
   }
 
@@ -206,6 +221,7 @@ struct Consumer {
   }
   __device__ __forceinline__ void end_scores(Scores& scores, const Ring<P::kKeySlots>& key, int releases, bool last) {
     settle(scores);
+    __syncwarp();
     if (releases) arrive(&memory.key_empty[key.slot], releases);
     if (last) {
       release_queries();
@@ -258,6 +274,7 @@ struct Consumer {
       wgmma_wait<0>();
       settle(out);
       settle(weights);
+      __syncwarp();
       if (!kResident || work.releases) arrive(&memory.value_empty[key.slot], kResident ? work.releases : 1);
       if (last) {
         store(out, before, work);

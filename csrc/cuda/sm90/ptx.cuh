@@ -186,6 +186,15 @@ __device__ __forceinline__ void store_matrices(uint32_t to, uint32_t a, uint32_t
                : "memory");
 }
 
+// Four 8x8 matrices of 16-bit elements as the A operand of wgmma or mma holds them; lane l gives the address of row
+// l % 8 of matrix l / 8.
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(from)
+               : "memory");
+}
+
 // Adds 16 bytes of float in memory, if `really`; the order among threads is open.
 __device__ __forceinline__ void add_in_memory(float* to, float a, float b, float c, float d, bool really) {
   asm volatile(

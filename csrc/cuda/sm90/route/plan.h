@@ -28,13 +28,19 @@ struct GatePlan {
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
   static constexpr int kTileRows = kConsumers * kGateQueries;
+  // Queries and means go through one ring of slots of 128 rows of a panel: the queries of a tile, a slot for each
+  // consumer, then the means step by step. Queries lie in registers from then on, so that the next tile's are on the
+  // way early.
   static constexpr int kPanels = kHeadDim / 64;
+  static constexpr int kSlotBytes = kGateMeans * 128;
   static constexpr int kQueryBytes = kGateQueries * kHeadDim * 2;
-  static constexpr int kMeanBytes = kGateMeans * kHeadDim * 2;
-  static constexpr int kStages = 2;
-  static constexpr int kQueryStages = kHeadDim == 64 ? 2 : 1;
+  static_assert(kQueryBytes <= kSlotBytes);
+#ifndef RING
+#define RING 6
+#endif
+  static constexpr int kSlots = kHeadDim == 64 ? 5 : RING;
   // Candidates are staged in lists of one lane each, and checked for room after each part of a step.
-  static constexpr int kEntries = kKept == 16 || kHeadDim == 64 ? 16 : kKept == 64 ? 12 : 13;
+  static constexpr int kEntries = kKept == 64 ? 12 : kKept == 16 || kSlots == 5 ? 16 : 15;
   static constexpr int kParts = 4;
   static constexpr int kPartGroups = kGateGroups / kParts;
   // Whether rows have a bound from the maxima of classes of columns (bound.cuh).
@@ -49,14 +55,13 @@ struct GatePlan {
     alignas(16) uint64_t fresh[8][kFresh + 2];
     uint64_t kept[16][kKept | 1];
     uint16_t groups[kEntries][32];
+    GateTile tile;
   };
   struct Memory {
-    unsigned char queries[kQueryStages][kConsumers][kQueryBytes];
-    unsigned char means[kStages][kMeanBytes];
+    unsigned char slots[kSlots][kSlotBytes];
     Warp warps[kConsumers * 4];
-    GateTile tiles[kQueryStages][kConsumers];
-    uint64_t query_full[kQueryStages][kConsumers], query_empty[kQueryStages][kConsumers];
-    uint64_t mean_full[kStages], mean_empty[kStages];
+    GateTile tiles[kSlots];  // of the queries in a slot
+    uint64_t full[kSlots], empty[kSlots];
   };
   static_assert(sizeof(Memory) <= 232448, "227 KiB of shared memory");
 };

@@ -33,6 +33,13 @@ __device__ __forceinline__ uint64_t gate_key(float score, uint32_t block) {
 __device__ __forceinline__ uint32_t score_of(uint64_t key) { return static_cast<uint32_t>(key >> 32); }
 __device__ __forceinline__ int block_of(uint64_t key) { return static_cast<int>(key & 0xffffffffu); }
 
+// Read anew where it is needed: what depends on it would take registers all the time.
+__device__ __forceinline__ int lane_of_warp() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 template <int kHeadDim, int kKept>
 struct GateSelection {
   using P = GatePlan<kHeadDim, kKept>;
@@ -40,7 +47,7 @@ struct GateSelection {
 
   typename P::Warp& memory;
   const int wanted;  // blocks a row, at most kKept
-  const int lane;
+  uint32_t list;     // of this lane: &memory.scores[0][lane]
 
   // Of this lane's rows, lane / 4 and lane / 4 + 8.
   float bound[2];
@@ -48,14 +55,18 @@ struct GateSelection {
   int kept[2];
   bool outdated;                      // the bound does not know all of `best`
   int young;                          // steps to come whose scores the bound should know beforehand
-  uint32_t score_place, group_place;  // where the next entry of this lane goes
+  uint32_t score_place;  // where the next entry of this lane goes
 
   __device__ __forceinline__ GateSelection(typename P::Warp& memory, int wanted)
-      : memory(memory), wanted(wanted), lane(threadIdx.x % 32) {}
+      : memory(memory), wanted(wanted), list(shared_address(&memory.scores[0][lane_of_warp()])) {}
 
   __device__ __forceinline__ void restart() {
-    score_place = shared_address(&memory.scores[0][lane]);
-    group_place = shared_address(&memory.groups[0][lane]);
+    score_place = list;
+  }
+  // Where the group of the next entry goes.
+  __device__ __forceinline__ uint32_t group_place() const {
+    return shared_address(&memory.groups[0]) +
+           (score_place - shared_address(&memory.scores[0])) / (kScoreStride / kGroupStride);
   }
   // Rows that do not exist have a bound that hardly anything reaches.
   __device__ __forceinline__ void begin(bool first_row, bool second_row) {
@@ -69,7 +80,7 @@ struct GateSelection {
     restart();
   }
   __device__ __forceinline__ int entries() const {
-    return static_cast<int>(score_place - shared_address(&memory.scores[0][lane])) / static_cast<int>(kScoreStride);
+    return static_cast<int>(score_place - list) / static_cast<int>(kScoreStride);
   }
   __device__ __forceinline__ bool full() const {
     return __any_sync(0xffffffffu, entries() > P::kEntries - P::kPartGroups);
@@ -90,7 +101,7 @@ struct GateSelection {
   }
 
   // Stages four scores if one of them reaches its bound. `first` and `second` are the larger ones of each row.
-  __device__ __forceinline__ void offer(const float* s, float first, float second, uint32_t group) {
+  __device__ __forceinline__ void offer(const float* s, float first, float second, uint32_t group, uint32_t& group_place) {
     asm volatile(
         "{\n"
         ".reg .pred reached;\n"
@@ -108,6 +119,7 @@ struct GateSelection {
   }
   template <int kPart>
   __device__ __forceinline__ void offer_part(const float (&scores)[64], uint32_t first_group) {
+    uint32_t place = group_place();
 #pragma unroll
     for (int i = P::kPartGroups - 1; i >= 0; --i) {
       const int group = kPart * P::kPartGroups + i;
@@ -116,7 +128,7 @@ struct GateSelection {
       if constexpr (P::kBounded) {
         best[group / 2] = larger(best[group / 2], truncated(first, second));
       }
-      offer(s, first, second, first_group + group);
+      offer(s, first, second, first_group + group, place);
     }
     outdated = true;
   }
@@ -170,8 +182,10 @@ struct GateSelection {
 
   // Rids the lists of what the bounds of now exclude.
   __device__ __forceinline__ void filter() {
+    const int lane = lane_of_warp();
     const int staged = entries(), most = __reduce_max_sync(0xffffffffu, staged);
     restart();
+    uint32_t place = group_place();
 #pragma unroll 1
     for (int first = 0; first < most; first += 4) {
       float4 s[4];
@@ -184,13 +198,14 @@ struct GateSelection {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const bool valid = first + i < staged;
-        offer(&s[i].x, valid ? fmaxf(s[i].x, s[i].y) : NAN, valid ? fmaxf(s[i].z, s[i].w) : NAN, group[i]);
+        offer(&s[i].x, valid ? fmaxf(s[i].x, s[i].y) : NAN, valid ? fmaxf(s[i].z, s[i].w) : NAN, group[i], place);
       }
     }
   }
 
   // The staged scores that reach the bounds of now. Bit 2 i + c: column c of entry i.
   __device__ __forceinline__ void find_reached(uint32_t (&reached)[2]) {
+    const int lane = lane_of_warp();
     const int staged = entries(), most = __reduce_max_sync(0xffffffffu, staged);
     reached[0] = reached[1] = 0;
 #pragma unroll 1
@@ -215,6 +230,7 @@ struct GateSelection {
 
   // Merges everything staged into the kept blocks.
   __device__ __forceinline__ void merge_staged() {
+    const int lane = lane_of_warp();
     uint32_t reached[2];
     find_reached(reached);
     restart();
@@ -244,6 +260,7 @@ struct GateSelection {
   // Moves up to kFresh of the reached scores of a row to memory.fresh, as keys, with zeros behind them; returns how
   // many.
   __device__ __forceinline__ int gather_fresh(uint32_t& reached, int half) {
+    const int lane = lane_of_warp();
     constexpr int kWords = sizeof(memory.fresh) / sizeof(uint4);
     uint4* words = reinterpret_cast<uint4*>(memory.fresh);
 #pragma unroll
@@ -278,6 +295,7 @@ struct GateSelection {
   // Merges memory.fresh into `keys`, the first `before` of which are in use. A key's new place is the number of keys
   // above it; each of the four lanes of a row finds the places of every fourth key.
   __device__ __forceinline__ void merge_fresh(uint64_t* keys, int before, int count) {
+    const int lane = lane_of_warp();
     constexpr int kOwn = P::kFresh / 4, kOld = (kKept + 3) / 4;
     const int part = lane % 4, most = __reduce_max_sync(0xffffffffu, count);
     uint64_t own[kOwn];
@@ -291,7 +309,7 @@ struct GateSelection {
     for (int c = 0; c < kOwn; ++c) {
       if (4 * c < most) {
         uint64_t fresh[4];
-        read_fresh(fresh, c);
+        read_fresh(fresh, lane, c);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
 #pragma unroll
@@ -312,7 +330,7 @@ struct GateSelection {
         if (4 * c < most) {
           uint32_t above = 0;  // by bytes: how many of this lane's old keys are above each of the four
           uint64_t fresh[4];
-          read_fresh(fresh, c);
+          read_fresh(fresh, lane, c);
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
 #pragma unroll
@@ -341,7 +359,7 @@ struct GateSelection {
     }
     __syncwarp();
   }
-  __device__ __forceinline__ void read_fresh(uint64_t (&keys)[4], int chunk) const {
+  __device__ __forceinline__ void read_fresh(uint64_t (&keys)[4], int lane, int chunk) const {
     const ulonglong2* fresh = reinterpret_cast<const ulonglong2*>(memory.fresh[lane / 4]);
     const ulonglong2 low = fresh[2 * chunk], high = fresh[2 * chunk + 1];
     keys[0] = low.x;
@@ -352,6 +370,7 @@ struct GateSelection {
 
   // Writes the routes of this lane's rows, which have `current` blocks before their own; null: no such row.
   __device__ __forceinline__ void write(const int (&current)[2], int32_t* const (&route)[2]) {
+    const int lane = lane_of_warp();
     const auto used = [&](int half) { return route[half] == nullptr ? 0 : min(wanted, current[half]); };
     if (__any_sync(0xffffffffu, kept[0] < used(0) || kept[1] < used(1))) {
       if (lane % 4 == 0) {

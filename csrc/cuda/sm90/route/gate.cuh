@@ -228,7 +228,7 @@ struct GateConsumer {
         const int begin = step * kGateMeans;
         if (begin < end) {
           if (begin + kGateMeans >= end) mask(first_row, begin, end);
-          selection.take(scores, step, end - begin);
+          selection.take(scores, step, end);
         }
       }
       current_blocks(first_row, current);

@@ -35,6 +35,9 @@ struct GatePlan {
   static constexpr int kSlotBytes = kGateMeans * 128;
   static constexpr int kQueryBytes = kGateQueries * kHeadDim * 2;
   static_assert(kQueryBytes <= kSlotBytes);
+#ifndef FRESH
+#define FRESH 16
+#endif
 #ifndef RING
 #define RING 6
 #endif
@@ -46,7 +49,7 @@ struct GatePlan {
   // Whether rows have a bound from the maxima of classes of columns (bound.cuh).
   static constexpr bool kBounded = kKept <= 16;
   // Candidates of a row that are ranked at a time.
-  static constexpr int kFresh = kKept == 2 ? 4 : kKept == 16 ? 20 : 16;
+  static constexpr int kFresh = kKept == 2 ? 4 : kKept == 16 ? 20 : FRESH;
 
   // Of one warp, which owns 16 rows: four lanes share row lane / 4 and row lane / 4 + 8. The rows of `fresh` and `kept`
   // are padded so that eight of them start in different banks.
@@ -55,6 +58,7 @@ struct GatePlan {
     alignas(16) uint64_t fresh[8][kFresh + 2];
     uint64_t kept[16][kKept | 1];
     uint16_t groups[kEntries][32];
+    int32_t counts[16];  // of the kept blocks of a row
     GateTile tile;
   };
   struct Memory {

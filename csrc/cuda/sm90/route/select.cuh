@@ -49,12 +49,12 @@ struct GateSelection {
   const int wanted;  // blocks a row, at most kKept
   uint32_t list;     // of this lane: &memory.scores[0][lane]
 
+  static constexpr int kNone = 0, kMaxima = 1, kBounds = 2;
+
   // Of this lane's rows, lane / 4 and lane / 4 + 8.
   float bound[2];
   uint32_t best[8];  // maxima of this lane's classes, columns 16 i .. 16 i + 15 of all steps: pairs for the two rows
-  int kept[2];
-  bool outdated;                      // the bound does not know all of `best`
-  int young;                          // steps to come whose scores the bound should know beforehand
+  int news;              // kNone, or what has not reached the bounds or the lists yet
   uint32_t score_place;  // where the next entry of this lane goes
 
   __device__ __forceinline__ GateSelection(typename P::Warp& memory, int wanted)
@@ -72,11 +72,12 @@ struct GateSelection {
   __device__ __forceinline__ void begin(bool first_row, bool second_row) {
     bound[0] = first_row ? -INFINITY : INFINITY;
     bound[1] = second_row ? -INFINITY : INFINITY;
-    kept[0] = kept[1] = 0;
+    const int lane = lane_of_warp();
+    if (lane < 16) memory.counts[lane] = 0;
+    __syncwarp();
 #pragma unroll
     for (int i = 0; i < 8; ++i) best[i] = kMinusInfinities;
-    outdated = false;
-    young = 2;
+    news = kNone;
     restart();
   }
   __device__ __forceinline__ int entries() const {
@@ -91,8 +92,8 @@ struct GateSelection {
   }
 
   __device__ __forceinline__ void raise_bound() {
-    if (!outdated) return;
-    outdated = false;
+    if (news != kMaxima) return;
+    news = kBounds;
     if constexpr (P::kBounded) {
       const uint32_t found = largest_of_quad<kKept>(best, wanted);
       bound[0] = fmaxf(bound[0], lower_bound(found & 0xffff));
@@ -100,6 +101,28 @@ struct GateSelection {
     }
   }
 
+  // Stages four scores if one of the differences from their bounds has no sign, as that of NaN.
+  __device__ __forceinline__ void stage(const float* s, float first, float second, float third, float fourth,
+                                        uint32_t group, uint32_t& group_place) {
+    asm volatile(
+        "{\n"
+        ".reg .pred reached;\n"
+        ".reg .b32 signs;\n"
+        "and.b32 signs, %6, %7;\n"
+        "and.b32 signs, signs, %8;\n"
+        "and.b32 signs, signs, %9;\n"
+        "and.b32 signs, signs, 0x80000000;\n"
+        "setp.eq.b32 reached, signs, 0;\n"
+        "@reached st.shared.v4.f32 [%0], {%2, %3, %4, %5};\n"
+        "@reached st.shared.u16 [%1], %10;\n"
+        "@reached add.u32 %0, %0, %11;\n"
+        "@reached add.u32 %1, %1, %12;\n"
+        "}"
+        : "+r"(score_place), "+r"(group_place)
+        : "f"(s[0]), "f"(s[1]), "f"(s[2]), "f"(s[3]), "f"(first), "f"(second), "f"(third), "f"(fourth),
+          "h"(static_cast<uint16_t>(group)), "n"(kScoreStride), "n"(kGroupStride)
+        : "memory");
+  }
   // Stages four scores if one of them reaches its bound. `first` and `second` are the larger ones of each row.
   __device__ __forceinline__ void offer(const float* s, float first, float second, uint32_t group, uint32_t& group_place) {
     asm volatile(
@@ -117,20 +140,35 @@ struct GateSelection {
           "h"(static_cast<uint16_t>(group)), "n"(kScoreStride), "n"(kGroupStride)
         : "memory");
   }
-  template <int kPart>
+#ifndef DEEP
+#define DEEP 8
+#endif
+#ifndef SIGNS
+#define SIGNS 1
+#endif
+  template <int kPart, bool kClasses>
   __device__ __forceinline__ void offer_part(const float (&scores)[64], uint32_t first_group) {
     uint32_t place = group_place();
 #pragma unroll
     for (int i = P::kPartGroups - 1; i >= 0; --i) {
       const int group = kPart * P::kPartGroups + i;
       const float* s = scores + 4 * group;
+      if constexpr (P::kBounded && !kClasses) {
+        stage(s, s[0] - bound[0], s[1] - bound[0], s[2] - bound[1], s[3] - bound[1], first_group + group, place);
+        continue;
+      }
       const float first = fmaxf(s[0], s[1]), second = fmaxf(s[2], s[3]);
       if constexpr (P::kBounded) {
         best[group / 2] = larger(best[group / 2], truncated(first, second));
       }
-      offer(s, first, second, first_group + group, place);
+      if constexpr (SIGNS != 0) {
+        const float first_above = first - bound[0], second_above = second - bound[1];
+        stage(s, first_above, first_above, second_above, second_above, first_group + group, place);
+      } else {
+        offer(s, first, second, first_group + group, place);
+      }
     }
-    outdated = true;
+    if (kClasses) news = kMaxima;
   }
 
   // Lets the bound know all scores of this step before they are offered.
@@ -146,37 +184,47 @@ struct GateSelection {
           best[i / 2] = larger(best[i / 2], truncated(first, second));
         }
       }
-      outdated = true;
+      news = kMaxima;
     }
   }
 
-  // Takes the scores of one step, whose first `columns` hold candidates; the last step has number 0.
-  __device__ __forceinline__ void take(const float (&scores)[64], int step, int columns) {
+  // Takes the scores of one step; the last step has number 0. No row has candidates from block `end` on.
+  __device__ __forceinline__ void take(const float (&scores)[64], int step, int end) {
     const uint32_t first_group = step * kGateGroups;
     constexpr int kPartColumns = P::kPartGroups * 8;
-    const int first_part = min(columns - 1, kGateMeans - 1) / kPartColumns;
-    // Down from a part that does not exist, for rows without a good bound. The loop makes one copy of what follows a
-    // part.
+    const int first_part = min(end - 1 - step * kGateMeans, kGateMeans - 1) / kPartColumns;
+    const int taken = (end - 1) / kGateMeans - step;  // steps
+    // Parts are counted down, from kParts on those whose maxima the bound knows beforehand or does not need any more;
+    // 2 kParts stands for a look ahead, for rows without a good bound. The loop makes one copy of what follows a part.
+    constexpr int kSecond = P::kBounded ? P::kParts : 0;
+    int part = first_part + (taken >= DEEP ? kSecond : 0);
+    if (taken < 2 || unbounded()) part = 2 * P::kParts;
 #pragma unroll 1
-    for (int part = young > 0 || unbounded() ? P::kParts : first_part; part >= 0;
-         part = part == P::kParts ? first_part : part - 1) {
-      if (part == P::kParts) look_ahead(scores, first_part + 1);
-      if (part == 3) offer_part<3>(scores, first_group);
-      if (part == 2) offer_part<2>(scores, first_group);
-      if (part == 1) offer_part<1>(scores, first_group);
-      if (part == 0) offer_part<0>(scores, first_group);
-      const bool first = part == P::kParts, last = step == 0 && part == 0;
-      if (!first && !last && !full()) continue;
-      raise_bound();
-      if (first) {
-        --young;
-        continue;
+    for (;; part = part == 2 * P::kParts ? kSecond + first_part : part - 1) {
+      if (part == 2 * P::kParts) look_ahead(scores, first_part + 1);
+      if constexpr (P::kBounded) {
+        if (part == 7) offer_part<3, false>(scores, first_group);
+        if (part == 6) offer_part<2, false>(scores, first_group);
+        if (part == 5) offer_part<1, false>(scores, first_group);
+        if (part == 4) offer_part<0, false>(scores, first_group);
       }
-      if (!last && P::kBounded) {
-        filter();
-        if (!full()) continue;
+      if (part == 3) offer_part<3, true>(scores, first_group);
+      if (part == 2) offer_part<2, true>(scores, first_group);
+      if (part == 1) offer_part<1, true>(scores, first_group);
+      if (part == 0) offer_part<0, true>(scores, first_group);
+      const bool first = part == 2 * P::kParts, done = part == 0 || part == kSecond, last = step == 0 && done;
+      if (first || last || full()) {
+        raise_bound();
+        if (first) continue;
+        bool merge = true;
+        if (!last && P::kBounded && news == kBounds) {
+          news = kNone;
+          filter();
+          merge = full();
+        }
+        if (merge) merge_staged();
       }
-      merge_staged();
+      if (done) break;
     }
   }
 
@@ -238,17 +286,19 @@ struct GateSelection {
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
       const int row = lane / 4 + 8 * half;
+      int kept = memory.counts[row];
 #pragma unroll 1
       while (__any_sync(0xffffffffu, reached[0] != 0)) {
         const int count = gather_fresh(reached[0], half);
-        merge_fresh(memory.kept[row], kept[0], count);
-        kept[0] = min(wanted, kept[0] + count);
-        if (kept[0] == wanted && count > 0) bound[0] = above(score_of(memory.kept[row][wanted - 1]));
+        merge_fresh(memory.kept[row], kept, count);
+        kept = min(wanted, kept + count);
+        if (kept == wanted && count > 0) bound[0] = above(score_of(memory.kept[row][wanted - 1]));
       }
+      if (lane % 4 == 0) memory.counts[row] = kept;
       exchange(reached[0], reached[1]);
-      exchange(kept[0], kept[1]);
       exchange(bound[0], bound[1]);
     }
+    __syncwarp();
   }
   template <class A>
   __device__ __forceinline__ static void exchange(A& a, A& b) {
@@ -372,6 +422,7 @@ struct GateSelection {
   __device__ __forceinline__ void write(const int (&current)[2], int32_t* const (&route)[2]) {
     const int lane = lane_of_warp();
     const auto used = [&](int half) { return route[half] == nullptr ? 0 : min(wanted, current[half]); };
+    const int kept[2] = {memory.counts[lane / 4], memory.counts[lane / 4 + 8]};
     if (__any_sync(0xffffffffu, kept[0] < used(0) || kept[1] < used(1))) {
       if (lane % 4 == 0) {
         complete(memory.kept[lane / 4], kept[0], used(0), current[0]);

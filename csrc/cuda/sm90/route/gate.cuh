@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cuda/portable/unit.cuh"
+#include "cuda/sm90/dependent.cuh"
 #include "cuda/sm90/pipeline.cuh"
 #include "cuda/sm90/route/gate.h"
 #include "cuda/sm90/route/select.cuh"
@@ -264,6 +265,8 @@ __global__ void __launch_bounds__(GatePlan<kHeadDim, kKept>::kThreads, 1)
     fence_proxy_async();
   }
   __syncthreads();
+  wait_for_earlier();
+  let_next_start();
   if (threadIdx.x >= P::kConsumers * 128) {
     setmaxnreg_decrease<P::kProducerRegisters>();
     if (threadIdx.x != P::kConsumers * 128) return;
@@ -299,8 +302,7 @@ cudaError_t Gate<T, kHeadDim, kKept>::launch(const GateParams& p, const CUtensor
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
   const unsigned grid = min(max_grid, static_cast<unsigned>(tiles * shape.units()));
-  kernel<<<grid, P::kThreads, kBytes, stream>>>(p, map_q, map_means, schedule);
-  return cudaGetLastError();
+  return launch_dependent(kernel, {grid, P::kThreads, kBytes}, stream, p, map_q, map_means, schedule);
 }
 
 }  // namespace moba::cuda::sm90

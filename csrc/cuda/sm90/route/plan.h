@@ -44,6 +44,8 @@ struct GatePlan {
   static constexpr int kSlots = kHeadDim == 64 ? 5 : RING;
   // Candidates are staged in lists of one lane each, and checked for room after each part of a step.
   static constexpr int kEntries = kKept == 64 ? 12 : kKept == 16 || kSlots == 5 ? 16 : 15;
+  static constexpr int kAtOnce = kEntries == 15 ? 3 : 4;  // that are loaded
+  static_assert(kEntries <= 16 && kEntries % kAtOnce == 0);
   static constexpr int kParts = 4;
   static constexpr int kPartGroups = kGateGroups / kParts;
   // Whether rows have a bound from the maxima of classes of columns (bound.cuh).

@@ -63,10 +63,10 @@ struct GateSelection {
   __device__ __forceinline__ void restart() {
     score_place = list;
   }
-  // Where the group of the next entry goes.
-  __device__ __forceinline__ uint32_t group_place() const {
+  // Where the group of the scores at `place` lies.
+  __device__ __forceinline__ uint32_t group_of(uint32_t place) const {
     return shared_address(&memory.groups[0]) +
-           (score_place - shared_address(&memory.scores[0])) / (kScoreStride / kGroupStride);
+           (place - shared_address(&memory.scores[0])) / (kScoreStride / kGroupStride);
   }
   // Rows that do not exist have a bound that hardly anything reaches.
   __device__ __forceinline__ void begin(bool first_row, bool second_row) {
@@ -101,30 +101,29 @@ struct GateSelection {
     }
   }
 
-  // Stages four scores if one of the differences from their bounds has no sign, as that of NaN.
-  __device__ __forceinline__ void stage(const float* s, float first, float second, float third, float fourth,
-                                        uint32_t group, uint32_t& group_place) {
+  // Stages four scores if one of them reaches its bound, and `index` is below `count`.
+  __device__ __forceinline__ void stage(const float* s, int index, int count, uint32_t group, uint32_t& group_place) {
     asm volatile(
         "{\n"
         ".reg .pred reached;\n"
-        ".reg .b32 signs;\n"
-        "and.b32 signs, %6, %7;\n"
-        "and.b32 signs, signs, %8;\n"
-        "and.b32 signs, signs, %9;\n"
-        "and.b32 signs, signs, 0x80000000;\n"
-        "setp.eq.b32 reached, signs, 0;\n"
+        "setp.ge.f32 reached, %2, %6;\n"
+        "setp.ge.or.f32 reached, %3, %6, reached;\n"
+        "setp.ge.or.f32 reached, %4, %7, reached;\n"
+        "setp.ge.or.f32 reached, %5, %7, reached;\n"
+        "setp.lt.and.s32 reached, %11, %12, reached;\n"
         "@reached st.shared.v4.f32 [%0], {%2, %3, %4, %5};\n"
-        "@reached st.shared.u16 [%1], %10;\n"
-        "@reached add.u32 %0, %0, %11;\n"
-        "@reached add.u32 %1, %1, %12;\n"
+        "@reached st.shared.u16 [%1], %8;\n"
+        "@reached add.u32 %0, %0, %9;\n"
+        "@reached add.u32 %1, %1, %10;\n"
         "}"
         : "+r"(score_place), "+r"(group_place)
-        : "f"(s[0]), "f"(s[1]), "f"(s[2]), "f"(s[3]), "f"(first), "f"(second), "f"(third), "f"(fourth),
-          "h"(static_cast<uint16_t>(group)), "n"(kScoreStride), "n"(kGroupStride)
+        : "f"(s[0]), "f"(s[1]), "f"(s[2]), "f"(s[3]), "f"(bound[0]), "f"(bound[1]), "h"(static_cast<uint16_t>(group)),
+          "n"(kScoreStride), "n"(kGroupStride), "r"(index), "r"(count)
         : "memory");
   }
-  // Stages four scores if one of them reaches its bound. `first` and `second` are the larger ones of each row.
-  __device__ __forceinline__ void offer(const float* s, float first, float second, uint32_t group, uint32_t& group_place) {
+  // Of `first` and `second`, the larger ones of each row, one has to reach its bound.
+  __device__ __forceinline__ void offer(const float* s, float first, float second, uint32_t group,
+                                        uint32_t& group_place) {
     asm volatile(
         "{\n"
         ".reg .pred reached;\n"
@@ -143,30 +142,22 @@ struct GateSelection {
 #ifndef DEEP
 #define DEEP 8
 #endif
-#ifndef SIGNS
-#define SIGNS 1
-#endif
   template <int kPart, bool kClasses>
   __device__ __forceinline__ void offer_part(const float (&scores)[64], uint32_t first_group) {
-    uint32_t place = group_place();
+    uint32_t place = group_of(score_place);
 #pragma unroll
     for (int i = P::kPartGroups - 1; i >= 0; --i) {
       const int group = kPart * P::kPartGroups + i;
       const float* s = scores + 4 * group;
       if constexpr (P::kBounded && !kClasses) {
-        stage(s, s[0] - bound[0], s[1] - bound[0], s[2] - bound[1], s[3] - bound[1], first_group + group, place);
+        stage(s, 0, 1, first_group + group, place);
         continue;
       }
       const float first = fmaxf(s[0], s[1]), second = fmaxf(s[2], s[3]);
       if constexpr (P::kBounded) {
         best[group / 2] = larger(best[group / 2], truncated(first, second));
       }
-      if constexpr (SIGNS != 0) {
-        const float first_above = first - bound[0], second_above = second - bound[1];
-        stage(s, first_above, first_above, second_above, second_above, first_group + group, place);
-      } else {
-        offer(s, first, second, first_group + group, place);
-      }
+      offer(s, first, second, first_group + group, place);
     }
     if (kClasses) news = kMaxima;
   }
@@ -230,50 +221,51 @@ struct GateSelection {
 
   // Rids the lists of what the bounds of now exclude.
   __device__ __forceinline__ void filter() {
-    const int lane = lane_of_warp();
     const int staged = entries(), most = __reduce_max_sync(0xffffffffu, staged);
+    uint32_t from = list, groups_from = group_of(list);
     restart();
-    uint32_t place = group_place();
+    uint32_t place = groups_from;
 #pragma unroll 1
-    for (int first = 0; first < most; first += 4) {
-      float4 s[4];
-      uint16_t group[4];
+    for (int first = 0; first < most; first += P::kAtOnce) {
+      float4 s[P::kAtOnce];
+      uint16_t group[P::kAtOnce];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        s[i] = memory.scores[min(first + i, P::kEntries - 1)][lane];
-        group[i] = memory.groups[min(first + i, P::kEntries - 1)][lane];
+      for (int i = 0; i < P::kAtOnce; ++i) {
+        s[i] = shared_load_16(from + i * kScoreStride);
+        group[i] = shared_load_2(groups_from + i * kGroupStride);
       }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const bool valid = first + i < staged;
-        offer(&s[i].x, valid ? fmaxf(s[i].x, s[i].y) : NAN, valid ? fmaxf(s[i].z, s[i].w) : NAN, group[i], place);
-      }
+      for (int i = 0; i < P::kAtOnce; ++i) stage(&s[i].x, i, staged - first, group[i], place);
+      from += P::kAtOnce * kScoreStride;
+      groups_from += P::kAtOnce * kGroupStride;
     }
   }
 
   // The staged scores that reach the bounds of now. Bit 2 i + c: column c of entry i.
   __device__ __forceinline__ void find_reached(uint32_t (&reached)[2]) {
-    const int lane = lane_of_warp();
     const int staged = entries(), most = __reduce_max_sync(0xffffffffu, staged);
     reached[0] = reached[1] = 0;
+    uint32_t from = list;
 #pragma unroll 1
-    for (int first = 0; first < most; first += 4) {
-      float4 s[4];
+    for (int first = 0; first < most; first += P::kAtOnce) {
+      float4 s[P::kAtOnce];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) s[i] = memory.scores[min(first + i, P::kEntries - 1)][lane];
+      for (int i = 0; i < P::kAtOnce; ++i) s[i] = shared_load_16(from + i * kScoreStride);
       uint32_t found[2] = {0, 0};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < P::kAtOnce; ++i) {
         if (s[i].x >= bound[0]) found[0] |= 1u << 2 * i;
         if (s[i].y >= bound[0]) found[0] |= 2u << 2 * i;
         if (s[i].z >= bound[1]) found[1] |= 1u << 2 * i;
         if (s[i].w >= bound[1]) found[1] |= 2u << 2 * i;
       }
-      const int valid = min(max(staged - first, 0), 4);
-      const uint32_t mask = (1u << 2 * valid) - 1;
-      reached[0] |= (found[0] & mask) << 2 * first;
-      reached[1] |= (found[1] & mask) << 2 * first;
+      reached[0] |= found[0] << 2 * first;
+      reached[1] |= found[1] << 2 * first;
+      from += P::kAtOnce * kScoreStride;
     }
+    const uint32_t valid = (uint64_t(1) << 2 * staged) - 1;
+    reached[0] &= valid;
+    reached[1] &= valid;
   }
 
   // Merges everything staged into the kept blocks.
@@ -307,17 +299,10 @@ struct GateSelection {
     b = other;
   }
 
-  // Moves up to kFresh of the reached scores of a row to memory.fresh, as keys, with zeros behind them; returns how
-  // many.
+  // Moves up to kFresh of the reached scores of a row to memory.fresh, in any order, as pairs of block and score;
+  // returns how many.
   __device__ __forceinline__ int gather_fresh(uint32_t& reached, int half) {
-    const int lane = lane_of_warp();
-    constexpr int kWords = sizeof(memory.fresh) / sizeof(uint4);
-    uint4* words = reinterpret_cast<uint4*>(memory.fresh);
-#pragma unroll
-    for (int i = 0; i < (kWords + 31) / 32; ++i) {
-      if (i * 32 + lane < kWords) words[i * 32 + lane] = make_uint4(0, 0, 0, 0);
-    }
-    const int own = __popc(reached);
+    const int lane = lane_of_warp(), own = __popc(reached);
     int end = own;
 #pragma unroll
     for (int offset = 1; offset <= 2; offset *= 2) {
@@ -325,21 +310,47 @@ struct GateSelection {
       if (lane % 4 >= offset) end += before;
     }
     const int total = __shfl_sync(0xffffffffu, end, 3, 4);
-    uint64_t* to = memory.fresh[lane / 4] + end - own;
-    const int taken = max(min(end, P::kFresh) - (end - own), 0), most = __reduce_max_sync(0xffffffffu, taken);
-    __syncwarp();
-#pragma unroll 2
-    for (int i = 0; i < most; ++i) {
-      const int bit = max(__ffs(reached) - 1, 0);
-      const float score = reinterpret_cast<const float*>(&memory.scores[bit / 2][lane])[2 * half + bit % 2];
-      const uint32_t block = memory.groups[bit / 2][lane] * 8u + lane % 4 * 2 + bit % 2;
-      if (i < taken) {
-        to[i] = gate_key(score, block);
-        reached &= reached - 1;
+    uint32_t mine = reached;
+    if (__any_sync(0xffffffffu, total > P::kFresh)) {
+      const int taken = max(min(end, P::kFresh) - (end - own), 0);
+      while (__popc(mine) > taken) mine ^= 0x80000000u >> __clz(mine);
+      __syncwarp();
+    }
+    reached ^= mine;
+    uint32_t to = shared_address(&memory.fresh[lane / 4][0]) + (end - own) * sizeof(uint64_t);
+    uint32_t from = list + half * 8, groups_from = group_of(list);
+#pragma unroll 1
+    while (__any_sync(0xffffffffu, mine != 0)) {
+      float2 s[P::kAtOnce];
+      uint32_t block[P::kAtOnce];
+#pragma unroll
+      for (int i = 0; i < P::kAtOnce; ++i) {
+        s[i] = shared_load_8(from + i * kScoreStride);
+        block[i] = shared_load_2(groups_from + i * kGroupStride) * 8u + lane % 4 * 2;
       }
+#pragma unroll
+      for (int i = 0; i < P::kAtOnce; ++i) {
+        append(to, mine & 1u << 2 * i, block[i], s[i].x);
+        append(to, mine & 2u << 2 * i, block[i] + 1, s[i].y);
+      }
+      mine >>= 2 * P::kAtOnce;
+      from += P::kAtOnce * kScoreStride;
+      groups_from += P::kAtOnce * kGroupStride;
     }
     __syncwarp();
     return min(total, P::kFresh);
+  }
+  __device__ __forceinline__ static void append(uint32_t& to, uint32_t really, uint32_t block, float score) {
+    asm volatile(
+        "{\n"
+        ".reg .pred really;\n"
+        "setp.ne.u32 really, %1, 0;\n"
+        "@really st.shared.v2.b32 [%0], {%2, %3};\n"
+        "@really add.u32 %0, %0, 8;\n"
+        "}"
+        : "+r"(to)
+        : "r"(really), "r"(block), "r"(__float_as_uint(score))
+        : "memory");
   }
 
   // Merges memory.fresh into `keys`, the first `before` of which are in use. A key's new place is the number of keys
@@ -352,12 +363,40 @@ struct GateSelection {
     int place[kOwn];
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      own[i] = memory.fresh[lane / 4][4 * i + part];
-      place[i] = 0;
+      uint64_t& fresh = memory.fresh[lane / 4][4 * i + part];
+      own[i] = 0;
+      if (4 * i < most) {
+        const uint64_t pair = fresh;
+        if (4 * i + part < count) own[i] = gate_key(__uint_as_float(score_of(pair)), block_of(pair));
+        fresh = own[i];
+      }
     }
+    __syncwarp();
+    // By scores alone at first: equal ones show in places that do not add up.
+    int sum = 0;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) place[i] = 0;
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) {
       if (4 * c < most) {
+        uint64_t fresh[4];
+        read_fresh(fresh, lane, c);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+#pragma unroll
+          for (int i = 0; i < kOwn; ++i) place[i] += score_of(fresh[k]) > score_of(own[i]);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) sum += own[i] != 0 ? place[i] : 0;
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    if (__any_sync(0xffffffffu, sum != count * (count - 1) / 2)) {
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) place[i] = 0;
+#pragma unroll 1
+      for (int c = 0; 4 * c < most; ++c) {
         uint64_t fresh[4];
         read_fresh(fresh, lane, c);
 #pragma unroll

@@ -30,6 +30,23 @@ struct GateProducer {
     return shared_address(memory.slots[ring.slot]);
   }
 
+  uint32_t phase = 0;  // of the queries
+  __device__ __forceinline__ void load_queries_separate(int consumer, const GateTile& tile, int row, int head, int group) {
+    const uint32_t full = shared_address(&memory.query_full[consumer]);
+    mbarrier_wait(shared_address(&memory.query_empty[consumer]), phase ^ 1);
+    memory.tiles[consumer] = tile;
+    memory.tiles[consumer].phase = phase ^ 1;
+    if (tile.rows <= 0 || tile.steps <= 0) {
+      mbarrier_arrive(full);
+      return;
+    }
+    mbarrier_arrive_expect_tx(full, P::kQueryBytes);
+#pragma unroll
+    for (int panel = 0; panel < P::kPanels; ++panel) {
+      tma_load_4d(shared_address(memory.queries[consumer]) + panel * (kGateQueries * kPanelRowBytes), map_q, full,
+                  panel * kPanelColumns, row, head, group);
+    }
+  }
   __device__ __forceinline__ void load_queries(const GateTile& tile, int row, int head, int group) {
     const uint32_t to = next_slot(), full = shared_address(&memory.full[ring.slot]);
     memory.tiles[ring.slot] = tile;
@@ -80,12 +97,14 @@ struct GateProducer {
       for (int consumer = 0; consumer < P::kConsumers; ++consumer) {
         const int skipped = consumer * kGateQueries;
         const GateTile tile{route + skipped * p.route.row, rows - skipped, position + skipped, steps};
-        load_queries(tile, row + skipped, head, group);
+        if (QSEP) load_queries_separate(consumer, tile, row + skipped, head, group);
+        else load_queries(tile, row + skipped, head, group);
       }
+      phase ^= 1;
       const int first = schedule.heads_per_key_head.divide(unit) * schedule.blocks + first_block;
       for (int step = steps - 1; step >= 0; --step) load_means(first + step * kGateMeans);
     }
-    for (int consumer = 0; consumer < P::kConsumers; ++consumer) load_queries({0, 0, 0, -1}, 0, 0, 0);
+    for (int consumer = 0; consumer < P::kConsumers; ++consumer) QSEP ? load_queries_separate(consumer, {0, 0, 0, -1}, 0, 0, 0) : load_queries({0, 0, 0, -1}, 0, 0, 0);
   }
 };
 
@@ -118,24 +137,34 @@ struct GateConsumer {
   __device__ __forceinline__ int take_queries(int first_row) {
     const int consumer = consumer_of_thread();
     const int lane = lane_of_warp();
-    int steps = 0;
+    if constexpr (QSEP) {
+      GateTile& mine = memory.warps[threadIdx.x / 32].tile;
+      mbarrier_wait(shared_address(&memory.query_full[consumer]), mine.phase);
+      __syncwarp();
+      if (lane == 0) mine = memory.tiles[consumer];
+      if (AREG) load_operand(shared_address(memory.queries[consumer]), lane, first_row);
+      __syncwarp();
+      if (AREG && lane == 0) mbarrier_arrive(shared_address(&memory.query_empty[consumer]));
+      return mine.steps;
+    } else {
 #pragma unroll 1
     for (int i = 0; i < P::kConsumers; ++i) {
       mbarrier_wait(shared_address(&memory.full[ring.slot]), ring.phase);
       if (i == consumer) {
-        const GateTile tile = memory.tiles[ring.slot];
-        if (lane == 0) memory.warps[threadIdx.x / 32].tile = tile;
-        steps = tile.steps;
-        const uint32_t from = shared_address(memory.slots[ring.slot]);
-#pragma unroll
-        for (int k = 0; k < kHeadDim / 16; ++k) {
-          load_matrices(queries[k], from + k / 4 * (kGateQueries * kPanelRowBytes) +
-                                        swizzled(first_row + lane % 16, k % 4 * 2 + lane / 16));
-        }
+        if (lane == 0) memory.warps[threadIdx.x / 32].tile = memory.tiles[ring.slot];
+        load_operand(shared_address(memory.slots[ring.slot]), lane, first_row);
       }
       release();
     }
-    return steps;
+    __syncwarp();
+    return memory.warps[threadIdx.x / 32].tile.steps; }
+  }
+  __device__ __forceinline__ void load_operand(uint32_t from, int lane, int first_row) {
+#pragma unroll
+    for (int k = 0; k < kHeadDim / 16; ++k) {
+      load_matrices(queries[k], from + k / 4 * (kGateQueries * kPanelRowBytes) +
+                                    swizzled(first_row + lane % 16, k % 4 * 2 + lane / 16));
+    }
   }
 
   // The blocks before the current ones of this lane's rows; 0 for rows that do not exist.
@@ -163,7 +192,13 @@ struct GateConsumer {
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kProducts; ++k) {
-      wgmma_registers_rows<T>(scores, queries[k], descriptor(means[k / 4] + k % 4 * 32, 16), k > 0);
+      if (AREG) {
+        wgmma_registers_rows<T>(scores, queries[k], descriptor(means[k / 4] + k % 4 * 32, 16), k > 0);
+      } else {
+        const uint32_t from = shared_address(memory.queries[consumer_of_thread()]);
+        wgmma_shared<T>(scores, descriptor(from + k / 4 * (kGateQueries * kPanelRowBytes) + k % 4 * 32, 16),
+                        descriptor(means[k / 4] + k % 4 * 32, 16), k > 0);
+      }
       if (kLast > 0 && k == kProducts - kLast - 1) wgmma_commit();
     }
     wgmma_commit();
@@ -203,10 +238,13 @@ struct GateConsumer {
     GateSelection<kHeadDim, kKept> selection(memory.warps[threadIdx.x / 32], static_cast<int>(p.shape.slots) - 1);
 #pragma unroll
     for (int i = 0; i < 64; ++i) scores[i] = 0;
+    if (lane_of_warp() == 0) memory.warps[threadIdx.x / 32].tile.phase = 0;
+    __syncwarp();
     if (TURNS != 0 && consumer_of_thread() == P::kConsumers - 1) end_turn();
     for (;;) {
       int step = take_queries(first_row) - 1;
       if (step < -1) break;
+      if (!AREG && step == -1 && lane_of_warp() == 0) mbarrier_arrive(shared_address(&memory.query_empty[consumer_of_thread()]));
       __syncwarp();
       int current[2];
       current_blocks(first_row, current);
@@ -226,6 +264,7 @@ struct GateConsumer {
         multiply(means);
 #pragma unroll
         for (int panel = 0; panel < P::kPanels; ++panel) release();
+        if (!AREG && step == 0 && lane_of_warp() == 0) mbarrier_arrive(shared_address(&memory.query_empty[consumer_of_thread()]));
         const int begin = step * kGateMeans;
         if (begin < end) {
           if (begin + kGateMeans >= end) mask(first_row, begin, end);
@@ -241,7 +280,7 @@ struct GateConsumer {
         const int row = first_row + lane_of_warp() / 4 + 8 * half;
         routes[half] = row < tile.rows ? route + row * p.route.row : nullptr;
       }
-      selection.write(current, routes);
+      selection.finish(current, routes);
       __syncwarp();
     }
     // The turn that nobody takes.
@@ -261,6 +300,10 @@ __global__ void __launch_bounds__(GatePlan<kHeadDim, kKept>::kThreads, 1)
     for (int i = 0; i < P::kSlots; ++i) {
       mbarrier_init(shared_address(&memory.full[i]), 1);
       mbarrier_init(shared_address(&memory.empty[i]), 4 * P::kConsumers);
+    }
+    for (int i = 0; i < P::kConsumers; ++i) {
+      mbarrier_init(shared_address(&memory.query_full[i]), 1);
+      mbarrier_init(shared_address(&memory.query_empty[i]), 4);
     }
     fence_proxy_async();
   }

@@ -17,6 +17,7 @@ struct GateTile {
   int32_t rows;      // at most 0: none
   int32_t position;  // of the first row in its sequence
   int32_t steps;     // for all consumers together; -1: no more work
+  uint32_t phase;    // of the barrier of the next tile's queries
 };
 
 // kKept: room for the best blocks of a row.
@@ -36,16 +37,26 @@ struct GatePlan {
   static constexpr int kQueryBytes = kGateQueries * kHeadDim * 2;
   static_assert(kQueryBytes <= kSlotBytes);
 #ifndef FRESH
-#define FRESH 16
+#define FRESH 12
 #endif
 #ifndef RING
 #define RING 6
 #endif
-  static constexpr int kSlots = kHeadDim == 64 ? 5 : RING;
+#ifndef SLOTS
+#define SLOTS 4
+#endif
+#ifndef QSEP
+#define QSEP 1
+#endif
+#ifndef AREG
+#define AREG 1
+#endif
+  static constexpr int kSlots = QSEP ? SLOTS : kHeadDim == 64 ? 5 : RING;
   // Candidates are staged in lists of one lane each, and checked for room after each part of a step.
-  static constexpr int kEntries = kKept == 64 ? 12 : kKept == 16 || kSlots == 5 ? 16 : 15;
-  static constexpr int kAtOnce = kEntries == 15 ? 3 : 4;  // that are loaded
-  static_assert(kEntries <= 16 && kEntries % kAtOnce == 0);
+  static constexpr int kEntries = kKept == 64 ? 12 : kKept == 16 || kHeadDim == 64 ? 16 : QSEP ? (SLOTS == 3 ? 15 : 13) : kSlots == 5 ? 16 : 15;
+  // Entries are read four at a time, what lies behind them too.
+  static constexpr int kAtOnce = 4;
+  static_assert(kEntries <= 16);
   static constexpr int kParts = 4;
   static constexpr int kPartGroups = kGateGroups / kParts;
   // Whether rows have a bound from the maxima of classes of columns (bound.cuh).
@@ -56,18 +67,19 @@ struct GatePlan {
   // Of one warp, which owns 16 rows: four lanes share row lane / 4 and row lane / 4 + 8. The rows of `fresh` and `kept`
   // are padded so that eight of them start in different banks.
   struct Warp {
+    alignas(16) uint16_t groups[kEntries][32];
     float4 scores[kEntries][32];  // two columns of the first row, two of the second
     alignas(16) uint64_t fresh[8][kFresh + 2];
     uint64_t kept[16][kKept | 1];
-    uint16_t groups[kEntries][32];
     int32_t counts[16];  // of the kept blocks of a row
     GateTile tile;
   };
   struct Memory {
     unsigned char slots[kSlots][kSlotBytes];
+    unsigned char queries[QSEP ? kConsumers : 0][kQueryBytes];
     Warp warps[kConsumers * 4];
-    GateTile tiles[kSlots];  // of the queries in a slot
-    uint64_t full[kSlots], empty[kSlots];
+    GateTile tiles[QSEP ? kConsumers : kSlots];
+    uint64_t full[kSlots], empty[kSlots], query_full[kConsumers], query_empty[kConsumers];
   };
   static_assert(sizeof(Memory) <= 232448, "227 KiB of shared memory");
 };

@@ -121,6 +121,26 @@ struct GateSelection {
           "n"(kScoreStride), "n"(kGroupStride), "r"(index), "r"(count)
         : "memory");
   }
+  // Stages four scores unless both differences from the bounds have a sign; that of NaN has none.
+  __device__ __forceinline__ void offer_signs(const float* s, float first, float second, uint32_t group,
+                                              uint32_t& group_place) {
+    asm volatile(
+        "{\n"
+        ".reg .pred reached;\n"
+        ".reg .b32 signs;\n"
+        "and.b32 signs, %6, %7;\n"
+        "and.b32 signs, signs, 0x80000000;\n"
+        "setp.eq.u32 reached, signs, 0;\n"
+        "@reached st.shared.v4.f32 [%0], {%2, %3, %4, %5};\n"
+        "@reached st.shared.u16 [%1], %8;\n"
+        "@reached add.u32 %0, %0, %9;\n"
+        "@reached add.u32 %1, %1, %10;\n"
+        "}"
+        : "+r"(score_place), "+r"(group_place)
+        : "f"(s[0]), "f"(s[1]), "f"(s[2]), "f"(s[3]), "f"(first - bound[0]), "f"(second - bound[1]),
+          "h"(static_cast<uint16_t>(group)), "n"(kScoreStride), "n"(kGroupStride)
+        : "memory");
+  }
   // Of `first` and `second`, the larger ones of each row, one has to reach its bound.
   __device__ __forceinline__ void offer(const float* s, float first, float second, uint32_t group,
                                         uint32_t& group_place) {
@@ -139,6 +159,12 @@ struct GateSelection {
           "h"(static_cast<uint16_t>(group)), "n"(kScoreStride), "n"(kGroupStride)
         : "memory");
   }
+#ifndef YOUNG
+#define YOUNG 2
+#endif
+#ifndef SIGNS
+#define SIGNS 0
+#endif
 #ifndef DEEP
 #define DEEP 8
 #endif
@@ -157,7 +183,8 @@ struct GateSelection {
       if constexpr (P::kBounded) {
         best[group / 2] = larger(best[group / 2], truncated(first, second));
       }
-      offer(s, first, second, first_group + group, place);
+      if (SIGNS && P::kBounded) offer_signs(s, first, second, first_group + group, place);
+      else offer(s, first, second, first_group + group, place);
     }
     if (kClasses) news = kMaxima;
   }
@@ -185,38 +212,63 @@ struct GateSelection {
     constexpr int kPartColumns = P::kPartGroups * 8;
     const int first_part = min(end - 1 - step * kGateMeans, kGateMeans - 1) / kPartColumns;
     const int taken = (end - 1) / kGateMeans - step;  // steps
-    // Parts are counted down, from kParts on those whose maxima the bound knows beforehand or does not need any more;
-    // 2 kParts stands for a look ahead, for rows without a good bound. The loop makes one copy of what follows a part.
-    constexpr int kSecond = P::kBounded ? P::kParts : 0;
-    int part = first_part + (taken >= DEEP ? kSecond : 0);
-    if (taken < 2 || unbounded()) part = 2 * P::kParts;
+    // What is left to do: parts are counted down, from kSecond on those whose maxima the bound knows beforehand or does
+    // not need any more; above them, a look ahead for rows without a good bound. The loop makes one copy of what
+    // follows a full list.
+    int part = first_part + (P::kBounded && taken >= DEEP ? kSecond : 0);
+    if (P::kBounded && (taken < YOUNG || unbounded())) part = kLook;
 #pragma unroll 1
-    for (;; part = part == 2 * P::kParts ? kSecond + first_part : part - 1) {
-      if (part == 2 * P::kParts) look_ahead(scores, first_part + 1);
-      if constexpr (P::kBounded) {
-        if (part == 7) offer_part<3, false>(scores, first_group);
-        if (part == 6) offer_part<2, false>(scores, first_group);
-        if (part == 5) offer_part<1, false>(scores, first_group);
-        if (part == 4) offer_part<0, false>(scores, first_group);
+    for (;;) {
+      const bool look = P::kBounded && part == kLook;
+      bool crowded = false;
+      if (look) {
+        look_ahead(scores, first_part + 1);
+      } else if (P::kBounded && part >= kSecond) {
+        crowded = offer_parts<false>(scores, first_group, part, step);
+      } else {
+        crowded = offer_parts<true>(scores, first_group, part, step);
       }
-      if (part == 3) offer_part<3, true>(scores, first_group);
-      if (part == 2) offer_part<2, true>(scores, first_group);
-      if (part == 1) offer_part<1, true>(scores, first_group);
-      if (part == 0) offer_part<0, true>(scores, first_group);
-      const bool first = part == 2 * P::kParts, done = part == 0 || part == kSecond, last = step == 0 && done;
-      if (first || last || full()) {
+      if (look || crowded) {
         raise_bound();
-        if (first) continue;
-        bool merge = true;
-        if (!last && P::kBounded && news == kBounds) {
+        if (look) {
+          part = kSecond + first_part;
+          continue;
+        }
+        if (P::kBounded && news == kBounds) {
           news = kNone;
           filter();
-          merge = full();
+          crowded = full();
         }
-        if (merge) merge_staged();
+        if (crowded) merge_staged();
       }
-      if (done) break;
+      if (part < 0 || part == kSecond - 1) break;
     }
+  }
+  static constexpr int kSecond = 2 * P::kParts, kLook = 4 * P::kParts;
+
+  // From `part` on, until a list may run full.
+  template <bool kClasses>
+  __device__ __forceinline__ bool offer_parts(const float (&scores)[64], uint32_t first_group, int& part, int step) {
+    constexpr int kFirst = kClasses ? 0 : kSecond;
+    static_assert(P::kParts == 4);
+    if (part == kFirst + 3) {
+      offer_part<3, kClasses>(scores, first_group);
+      --part;
+      if (full()) return true;
+    }
+    if (part == kFirst + 2) {
+      offer_part<2, kClasses>(scores, first_group);
+      --part;
+      if (full()) return true;
+    }
+    if (part == kFirst + 1) {
+      offer_part<1, kClasses>(scores, first_group);
+      --part;
+      if (full()) return true;
+    }
+    offer_part<0, kClasses>(scores, first_group);
+    --part;
+    return step > 0 && full();
   }
 
   // Rids the lists of what the bounds of now exclude.
@@ -458,6 +510,126 @@ struct GateSelection {
   }
 
   // Writes the routes of this lane's rows, which have `current` blocks before their own; null: no such row.
+  __device__ __forceinline__ void finish(const int (&current)[2], int32_t* const (&route)[2]) {
+    raise_bound();
+    if (P::kBounded && write_staged(current, route)) return;
+    merge_staged();
+    write(current, route);
+  }
+
+  // Ranks what is staged and writes it, where nothing was merged before, numbers do not run out and no scores are
+  // equal; else does nothing.
+  __device__ __forceinline__ bool write_staged(const int (&current)[2], int32_t* const (&route)[2]) {
+    constexpr int kOwn = P::kFresh / 4;
+    static_assert(sizeof(memory.kept) >= sizeof(memory.fresh));
+    const int lane = lane_of_warp(), part = lane % 4;
+    uint32_t reached[2], to[2];
+    int used[2], count[2];
+    find_reached(reached);
+    // The fresh blocks of the second rows take the place of the kept ones.
+    const uint32_t fresh[2] = {shared_address(&memory.fresh[lane / 4][0]),
+                               shared_address(&memory.kept[0][0]) + lane / 4 * (P::kFresh + 2) * 8};
+    bool usual = true;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int own = __popc(reached[half]);
+      int end = own;
+#pragma unroll
+      for (int offset = 1; offset <= 2; offset *= 2) {
+        const int before = __shfl_up_sync(0xffffffffu, end, offset, 4);
+        if (part >= offset) end += before;
+      }
+      count[half] = __shfl_sync(0xffffffffu, end, 3, 4);
+      used[half] = route[half] == nullptr ? 0 : max(min(wanted, current[half]), 0);
+      to[half] = fresh[half] + (end - own) * 8;
+      usual = usual && count[half] <= P::kFresh && count[half] >= used[half] && memory.counts[lane / 4 + 8 * half] == 0;
+    }
+    if (!__all_sync(0xffffffffu, usual)) return false;
+
+    uint32_t from = list, groups_from = group_of(list);
+#pragma unroll 1
+    for (uint32_t first = reached[0], second = reached[1]; __any_sync(0xffffffffu, (first | second) != 0);
+         first >>= 2 * P::kAtOnce, second >>= 2 * P::kAtOnce) {
+      float4 s[P::kAtOnce];
+      uint32_t block[P::kAtOnce];
+#pragma unroll
+      for (int i = 0; i < P::kAtOnce; ++i) {
+        s[i] = shared_load_16(from + i * kScoreStride);
+        block[i] = shared_load_2(groups_from + i * kGroupStride) * 8u + part * 2;
+      }
+#pragma unroll
+      for (int i = 0; i < P::kAtOnce; ++i) {
+        append(to[0], first & 1u << 2 * i, block[i], s[i].x);
+        append(to[0], first & 2u << 2 * i, block[i] + 1, s[i].y);
+        append(to[1], second & 1u << 2 * i, block[i], s[i].z);
+        append(to[1], second & 2u << 2 * i, block[i] + 1, s[i].w);
+      }
+      from += P::kAtOnce * kScoreStride;
+      groups_from += P::kAtOnce * kGroupStride;
+    }
+    __syncwarp();
+
+    const int most = __reduce_max_sync(0xffffffffu, max(count[0], count[1]));
+    float2 own[2][kOwn];
+    int place[2][kOwn] = {};
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        own[half][i] = make_float2(0, NAN);
+        if (4 * i >= most) continue;
+        const uint32_t at = fresh[half] + (4 * i + part) * 8;
+        if (4 * i + part < count[half]) {
+          own[half][i] = shared_load_8(at);
+        } else {
+          shared_store_8(at, 0, __float_as_uint(NAN));
+        }
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int c = 0; c < kOwn; ++c) {
+      if (4 * c >= most) continue;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float4 low = shared_load_16(fresh[half] + c * 32), high = shared_load_16(fresh[half] + c * 32 + 16);
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+          place[half][i] += low.y > own[half][i].y;
+          place[half][i] += low.w > own[half][i].y;
+          place[half][i] += high.y > own[half][i].y;
+          place[half][i] += high.w > own[half][i].y;
+        }
+      }
+    }
+    // Places that equal scores share do not add up.
+    bool different = true;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int sum = 0;
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) sum += place[half][i];
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      different = different && sum == count[half] * (count[half] - 1) / 2;
+    }
+    if (!__all_sync(0xffffffffu, different)) return false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        if (4 * i + part < count[half] && place[half][i] < used[half]) {
+          route[half][1 + place[half][i]] = __float_as_int(own[half][i].x);
+        }
+      }
+      if (route[half] == nullptr) continue;
+      if (part == 0) route[half][0] = current[half];
+      for (int slot = 1 + used[half] + part; slot <= wanted; slot += 4) route[half][slot] = -1;
+    }
+    return true;
+  }
+
+  // The same from the kept blocks.
   __device__ __forceinline__ void write(const int (&current)[2], int32_t* const (&route)[2]) {
     const int lane = lane_of_warp();
     const auto used = [&](int half) { return route[half] == nullptr ? 0 : min(wanted, current[half]); };

@@ -101,7 +101,10 @@ __device__ __forceinline__ float exp2_approximate(float x) {
 
 __device__ __forceinline__ float4 shared_load_16(uint32_t from) {
   float4 x;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(from) : "memory");
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(from)
+               : "memory");
   return x;
 }
 __device__ __forceinline__ float2 shared_load_8(uint32_t from) {

@@ -187,7 +187,7 @@ __device__ __forceinline__ uint64_t further(uint64_t descriptor, uint32_t bytes)
 
 #define MOBA_WGMMA_REGISTERS_ROWS(N, COUNT, TYPE, D, A0, A1, A2, A3, B, P)                                       \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\nwgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE \
-               "." TYPE " {" MOBA_REGISTERS_##COUNT "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", p, 1, 1, 0;\n}"  \
+               "." TYPE " {" MOBA_REGISTERS_##COUNT "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", p, 1, 1, 0;\n}" \
                : D##_##COUNT(d, 0)                                                                               \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
 

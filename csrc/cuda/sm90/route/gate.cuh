@@ -22,20 +22,14 @@ struct GateProducer {
   const CUtensorMap* map_means;
   typename P::Memory& memory;
 
-  Ring<P::kSlots> ring;
+  Ring<P::kSlots> mean;
+  uint32_t query_phase = 0;
 
-  // Leaves the slot to be filled.
-  __device__ __forceinline__ uint32_t next_slot() {
-    mbarrier_wait(shared_address(&memory.empty[ring.slot]), ring.phase ^ 1);
-    return shared_address(memory.slots[ring.slot]);
-  }
-
-  uint32_t phase = 0;  // of the queries
-  __device__ __forceinline__ void load_queries_separate(int consumer, const GateTile& tile, int row, int head, int group) {
+  __device__ __forceinline__ void load_queries(int consumer, GateTile tile, int row, int head, int group) {
     const uint32_t full = shared_address(&memory.query_full[consumer]);
-    mbarrier_wait(shared_address(&memory.query_empty[consumer]), phase ^ 1);
+    mbarrier_wait(shared_address(&memory.query_empty[consumer]), query_phase ^ 1);
+    tile.phase = query_phase ^ 1;
     memory.tiles[consumer] = tile;
-    memory.tiles[consumer].phase = phase ^ 1;
     if (tile.rows <= 0 || tile.steps <= 0) {
       mbarrier_arrive(full);
       return;
@@ -47,28 +41,15 @@ struct GateProducer {
                   panel * kPanelColumns, row, head, group);
     }
   }
-  __device__ __forceinline__ void load_queries(const GateTile& tile, int row, int head, int group) {
-    const uint32_t to = next_slot(), full = shared_address(&memory.full[ring.slot]);
-    memory.tiles[ring.slot] = tile;
-    ring.advance();
-    if (tile.rows <= 0 || tile.steps <= 0) {
-      mbarrier_arrive(full);
-      return;
-    }
-    mbarrier_arrive_expect_tx(full, P::kQueryBytes);
-#pragma unroll
-    for (int panel = 0; panel < P::kPanels; ++panel) {
-      tma_load_4d(to + panel * (kGateQueries * kPanelRowBytes), map_q, full, panel * kPanelColumns, row, head, group);
-    }
-  }
 
   __device__ __forceinline__ void load_means(int row) {
 #pragma unroll
     for (int panel = 0; panel < P::kPanels; ++panel) {
-      const uint32_t to = next_slot(), full = shared_address(&memory.full[ring.slot]);
-      ring.advance();
+      const uint32_t full = shared_address(&memory.mean_full[mean.slot]);
+      mbarrier_wait(shared_address(&memory.mean_empty[mean.slot]), mean.phase ^ 1);
       mbarrier_arrive_expect_tx(full, P::kSlotBytes);
-      tma_load_4d(to, map_means, full, panel * kPanelColumns, row, 0, 0);
+      tma_load_4d(shared_address(memory.slots[mean.slot]), map_means, full, panel * kPanelColumns, row, 0, 0);
+      mean.advance();
     }
   }
 
@@ -96,18 +77,18 @@ struct GateProducer {
 #pragma unroll 1
       for (int consumer = 0; consumer < P::kConsumers; ++consumer) {
         const int skipped = consumer * kGateQueries;
-        const GateTile tile{route + skipped * p.route.row, rows - skipped, position + skipped, steps};
-        if (QSEP) load_queries_separate(consumer, tile, row + skipped, head, group);
-        else load_queries(tile, row + skipped, head, group);
+        const GateTile tile{route + skipped * p.route.row, rows - skipped, position + skipped, steps, 0};
+        load_queries(consumer, tile, row + skipped, head, group);
       }
-      phase ^= 1;
+      query_phase ^= 1;
       const int first = schedule.heads_per_key_head.divide(unit) * schedule.blocks + first_block;
       for (int step = steps - 1; step >= 0; --step) load_means(first + step * kGateMeans);
     }
-    for (int consumer = 0; consumer < P::kConsumers; ++consumer) QSEP ? load_queries_separate(consumer, {0, 0, 0, -1}, 0, 0, 0) : load_queries({0, 0, 0, -1}, 0, 0, 0);
+    for (int consumer = 0; consumer < P::kConsumers; ++consumer) load_queries(consumer, {0, 0, 0, -1, 0}, 0, 0, 0);
   }
 };
 
+// Read anew where it is needed, for want of registers.
 __device__ __forceinline__ int consumer_of_thread() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
@@ -124,52 +105,35 @@ struct GateConsumer {
 
   uint32_t queries[kHeadDim / 16][4];
   float scores[64];
-  Ring<P::kSlots> ring;
+  Ring<P::kSlots> mean;
 
-  // All lanes of the warp are done with the slot.
-  __device__ __forceinline__ void release() {
+  __device__ __forceinline__ typename P::Warp& warp() { return memory.warps[threadIdx.x / 32]; }
+
+  // For all lanes of the warp.
+  __device__ __forceinline__ void arrive(uint64_t* barrier) {
     __syncwarp();
-    if (lane_of_warp() == 0) mbarrier_arrive(shared_address(&memory.empty[ring.slot]));
-    ring.advance();
+    if (lane_of_warp() == 0) mbarrier_arrive(shared_address(barrier));
   }
 
-  // From the slots of a tile's queries, of which one is this consumer's. Returns the steps of the tile.
+  // Takes the next tile's queries to registers; returns its steps.
   __device__ __forceinline__ int take_queries(int first_row) {
-    const int consumer = consumer_of_thread();
-    const int lane = lane_of_warp();
-    if constexpr (QSEP) {
-      GateTile& mine = memory.warps[threadIdx.x / 32].tile;
-      mbarrier_wait(shared_address(&memory.query_full[consumer]), mine.phase);
-      __syncwarp();
-      if (lane == 0) mine = memory.tiles[consumer];
-      if (AREG) load_operand(shared_address(memory.queries[consumer]), lane, first_row);
-      __syncwarp();
-      if (AREG && lane == 0) mbarrier_arrive(shared_address(&memory.query_empty[consumer]));
-      return mine.steps;
-    } else {
-#pragma unroll 1
-    for (int i = 0; i < P::kConsumers; ++i) {
-      mbarrier_wait(shared_address(&memory.full[ring.slot]), ring.phase);
-      if (i == consumer) {
-        if (lane == 0) memory.warps[threadIdx.x / 32].tile = memory.tiles[ring.slot];
-        load_operand(shared_address(memory.slots[ring.slot]), lane, first_row);
-      }
-      release();
-    }
+    const int consumer = consumer_of_thread(), lane = lane_of_warp();
+    mbarrier_wait(shared_address(&memory.query_full[consumer]), warp().tile.phase);
     __syncwarp();
-    return memory.warps[threadIdx.x / 32].tile.steps; }
-  }
-  __device__ __forceinline__ void load_operand(uint32_t from, int lane, int first_row) {
+    if (lane == 0) warp().tile = memory.tiles[consumer];
+    const uint32_t from = shared_address(memory.queries[consumer]);
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) {
       load_matrices(queries[k], from + k / 4 * (kGateQueries * kPanelRowBytes) +
                                     swizzled(first_row + lane % 16, k % 4 * 2 + lane / 16));
     }
+    arrive(&memory.query_empty[consumer]);
+    return warp().tile.steps;
   }
 
   // The blocks before the current ones of this lane's rows; 0 for rows that do not exist.
   __device__ __forceinline__ void current_blocks(int first_row, int (&current)[2]) {
-    const GateTile& tile = memory.warps[threadIdx.x / 32].tile;
+    const GateTile& tile = warp().tile;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + lane_of_warp() / 4 + 8 * half, position = tile.position + row;
@@ -184,32 +148,34 @@ struct GateConsumer {
     named_barrier_arrive(next < P::kConsumers ? 1 + next : 1, 2 * kWarpgroup);
   }
 
-  __device__ __forceinline__ void multiply(const uint32_t (&means)[P::kPanels]) {
-#ifndef TURNS
-#define TURNS 2
-#endif
-    constexpr int kProducts = kHeadDim / 16, kLast = TURNS == 2 ? kProducts / 4 : 0;
+  __device__ __forceinline__ void multiply() {
+    uint32_t means[P::kPanels];
+    Ring<P::kSlots> place = mean;
+#pragma unroll
+    for (int panel = 0; panel < P::kPanels; ++panel) {
+      means[panel] = shared_address(memory.slots[place.slot]);
+      mbarrier_wait(shared_address(&memory.mean_full[place.slot]), place.phase);
+      place.advance();
+    }
+    begin_turn();
     wgmma_fence();
+    constexpr int kProducts = kHeadDim / 16;
 #pragma unroll
     for (int k = 0; k < kProducts; ++k) {
-      if (AREG) {
-        wgmma_registers_rows<T>(scores, queries[k], descriptor(means[k / 4] + k % 4 * 32, 16), k > 0);
-      } else {
-        const uint32_t from = shared_address(memory.queries[consumer_of_thread()]);
-        wgmma_shared<T>(scores, descriptor(from + k / 4 * (kGateQueries * kPanelRowBytes) + k % 4 * 32, 16),
-                        descriptor(means[k / 4] + k % 4 * 32, 16), k > 0);
-      }
-      if (kLast > 0 && k == kProducts - kLast - 1) wgmma_commit();
+      wgmma_registers_rows<T>(scores, queries[k], descriptor(means[k / 4] + k % 4 * 32, 16), k > 0);
+      // The next consumer's products follow the last quarter of these without a gap.
+      if (k == kProducts - kProducts / 4 - 1) wgmma_commit();
     }
     wgmma_commit();
-    if (TURNS == 1) end_turn();
-    if (TURNS == 2) {
-      wgmma_wait<1>();
-      end_turn();
-    }
+    wgmma_wait<1>();
+    end_turn();
     wgmma_wait<0>();
-    if (TURNS == 3) end_turn();
     settle(scores);
+#pragma unroll
+    for (int panel = 0; panel < P::kPanels; ++panel) {
+      arrive(&memory.mean_empty[mean.slot]);
+      mean.advance();
+    }
   }
 
   // Blocks from the current ones on are no candidates. `begin`: the first block of the step; nobody looks at parts from
@@ -235,44 +201,29 @@ struct GateConsumer {
 
   __device__ __forceinline__ void run() {
     const int first_row = threadIdx.x % kWarpgroup / 32 * 16;  // of the warp
-    GateSelection<kHeadDim, kKept> selection(memory.warps[threadIdx.x / 32], static_cast<int>(p.shape.slots) - 1);
+    GateSelection<kHeadDim, kKept> selection(warp(), static_cast<int>(p.shape.slots) - 1);
 #pragma unroll
     for (int i = 0; i < 64; ++i) scores[i] = 0;
-    if (lane_of_warp() == 0) memory.warps[threadIdx.x / 32].tile.phase = 0;
+    if (lane_of_warp() == 0) warp().tile.phase = 0;
     __syncwarp();
-    if (TURNS != 0 && consumer_of_thread() == P::kConsumers - 1) end_turn();
+    if (consumer_of_thread() == P::kConsumers - 1) end_turn();
     for (;;) {
       int step = take_queries(first_row) - 1;
       if (step < -1) break;
-      if (!AREG && step == -1 && lane_of_warp() == 0) mbarrier_arrive(shared_address(&memory.query_empty[consumer_of_thread()]));
-      __syncwarp();
       int current[2];
       current_blocks(first_row, current);
       selection.begin(current[0] > 0, current[1] > 0);
       const int end = __reduce_max_sync(0xffffffffu, max(current[0], current[1]));
 #pragma unroll 1
       for (; step >= 0; --step) {
-        uint32_t means[P::kPanels];
-        Ring<P::kSlots> place = ring;
-#pragma unroll
-        for (int panel = 0; panel < P::kPanels; ++panel) {
-          means[panel] = shared_address(memory.slots[place.slot]);
-          mbarrier_wait(shared_address(&memory.full[place.slot]), place.phase);
-          place.advance();
-        }
-        if (TURNS != 0) begin_turn();
-        multiply(means);
-#pragma unroll
-        for (int panel = 0; panel < P::kPanels; ++panel) release();
-        if (!AREG && step == 0 && lane_of_warp() == 0) mbarrier_arrive(shared_address(&memory.query_empty[consumer_of_thread()]));
+        multiply();
         const int begin = step * kGateMeans;
-        if (begin < end) {
-          if (begin + kGateMeans >= end) mask(first_row, begin, end);
-          selection.take(scores, step, end);
-        }
+        if (begin >= end) continue;
+        if (begin + kGateMeans >= end) mask(first_row, begin, end);
+        selection.take(scores, step, end);
       }
       current_blocks(first_row, current);
-      const GateTile& tile = memory.warps[threadIdx.x / 32].tile;
+      const GateTile& tile = warp().tile;
       int32_t* route = static_cast<int32_t*>(p.route.data) + tile.route;
       int32_t* routes[2];
 #pragma unroll
@@ -284,7 +235,7 @@ struct GateConsumer {
       __syncwarp();
     }
     // The turn that nobody takes.
-    if (TURNS != 0 && consumer_of_thread() == 0) begin_turn();
+    if (consumer_of_thread() == 0) begin_turn();
   }
 };
 
@@ -298,8 +249,8 @@ __global__ void __launch_bounds__(GatePlan<kHeadDim, kKept>::kThreads, 1)
   auto& memory = *reinterpret_cast<typename P::Memory*>(dynamic_memory);
   if (threadIdx.x == 0) {
     for (int i = 0; i < P::kSlots; ++i) {
-      mbarrier_init(shared_address(&memory.full[i]), 1);
-      mbarrier_init(shared_address(&memory.empty[i]), 4 * P::kConsumers);
+      mbarrier_init(shared_address(&memory.mean_full[i]), 1);
+      mbarrier_init(shared_address(&memory.mean_empty[i]), 4 * P::kConsumers);
     }
     for (int i = 0; i < P::kConsumers; ++i) {
       mbarrier_init(shared_address(&memory.query_full[i]), 1);

@@ -17,7 +17,7 @@ struct GateTile {
   int32_t rows;      // at most 0: none
   int32_t position;  // of the first row in its sequence
   int32_t steps;     // for all consumers together; -1: no more work
-  uint32_t phase;    // of the barrier of the next tile's queries
+  uint32_t phase;    // of the barrier for the next tile's queries
 };
 
 // kKept: room for the best blocks of a row.
@@ -29,31 +29,17 @@ struct GatePlan {
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
   static constexpr int kTileRows = kConsumers * kGateQueries;
-  // Queries and means go through one ring of slots of 128 rows of a panel: the queries of a tile, a slot for each
-  // consumer, then the means step by step. Queries lie in registers from then on, so that the next tile's are on the
-  // way early.
   static constexpr int kPanels = kHeadDim / 64;
-  static constexpr int kSlotBytes = kGateMeans * 128;
   static constexpr int kQueryBytes = kGateQueries * kHeadDim * 2;
-  static_assert(kQueryBytes <= kSlotBytes);
-#ifndef FRESH
-#define FRESH 12
-#endif
-#ifndef RING
-#define RING 6
-#endif
-#ifndef SLOTS
-#define SLOTS 4
-#endif
-#ifndef QSEP
-#define QSEP 1
-#endif
-#ifndef AREG
-#define AREG 1
-#endif
-  static constexpr int kSlots = QSEP ? SLOTS : kHeadDim == 64 ? 5 : RING;
+  // Means go through a ring of panels: two steps, or four where head_dim is 64. Each consumer has room for the queries
+  // of one tile, which lie in registers from its first step on, so that the next tile's are under way early.
+  static constexpr int kSlotBytes = kGateMeans * 128;
+  static constexpr int kSlots = 4;
+  // The scores of the first steps of a row are in its bound before they are offered. From kDeep steps on, merging
+  // brings the bound along and the maxima of classes are left alone.
+  static constexpr int kLookAhead = 2, kDeep = 8;
   // Candidates are staged in lists of one lane each, and checked for room after each part of a step.
-  static constexpr int kEntries = kKept == 64 ? 12 : kKept == 16 || kHeadDim == 64 ? 16 : QSEP ? (SLOTS == 3 ? 15 : 13) : kSlots == 5 ? 16 : 15;
+  static constexpr int kEntries = kKept == 64 ? 12 : kKept == 16 || kHeadDim == 64 ? 16 : 13;
   // Entries are read four at a time, what lies behind them too.
   static constexpr int kAtOnce = 4;
   static_assert(kEntries <= 16);
@@ -62,7 +48,7 @@ struct GatePlan {
   // Whether rows have a bound from the maxima of classes of columns (bound.cuh).
   static constexpr bool kBounded = kKept <= 16;
   // Candidates of a row that are ranked at a time.
-  static constexpr int kFresh = kKept == 2 ? 4 : kKept == 16 ? 20 : FRESH;
+  static constexpr int kFresh = kKept == 2 ? 4 : kKept == 16 ? 20 : 12;
 
   // Of one warp, which owns 16 rows: four lanes share row lane / 4 and row lane / 4 + 8. The rows of `fresh` and `kept`
   // are padded so that eight of them start in different banks.
@@ -76,10 +62,10 @@ struct GatePlan {
   };
   struct Memory {
     unsigned char slots[kSlots][kSlotBytes];
-    unsigned char queries[QSEP ? kConsumers : 0][kQueryBytes];
+    unsigned char queries[kConsumers][kQueryBytes];
     Warp warps[kConsumers * 4];
-    GateTile tiles[QSEP ? kConsumers : kSlots];
-    uint64_t full[kSlots], empty[kSlots], query_full[kConsumers], query_empty[kConsumers];
+    GateTile tiles[kConsumers];
+    uint64_t mean_full[kSlots], mean_empty[kSlots], query_full[kConsumers], query_empty[kConsumers];
   };
   static_assert(sizeof(Memory) <= 232448, "227 KiB of shared memory");
 };

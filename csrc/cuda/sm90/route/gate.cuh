@@ -157,18 +157,20 @@ struct GateConsumer {
       mbarrier_wait(shared_address(&memory.mean_full[place.slot]), place.phase);
       place.advance();
     }
-    begin_turn();
+    if (P::kTurns) begin_turn();
     wgmma_fence();
     constexpr int kProducts = kHeadDim / 16;
 #pragma unroll
     for (int k = 0; k < kProducts; ++k) {
       wgmma_registers_rows<T>(scores, queries[k], descriptor(means[k / 4] + k % 4 * 32, 16), k > 0);
       // The next consumer's products follow the last quarter of these without a gap.
-      if (k == kProducts - kProducts / 4 - 1) wgmma_commit();
+      if (P::kTurns && k == kProducts - kProducts / 4 - 1) wgmma_commit();
     }
     wgmma_commit();
-    wgmma_wait<1>();
-    end_turn();
+    if (P::kTurns) {
+      wgmma_wait<1>();
+      end_turn();
+    }
     wgmma_wait<0>();
     settle(scores);
 #pragma unroll
@@ -206,7 +208,7 @@ struct GateConsumer {
     for (int i = 0; i < 64; ++i) scores[i] = 0;
     if (lane_of_warp() == 0) warp().tile.phase = 0;
     __syncwarp();
-    if (consumer_of_thread() == P::kConsumers - 1) end_turn();
+    if (P::kTurns && consumer_of_thread() == P::kConsumers - 1) end_turn();
     for (;;) {
       int step = take_queries(first_row) - 1;
       if (step < -1) break;
@@ -235,7 +237,7 @@ struct GateConsumer {
       __syncwarp();
     }
     // The turn that nobody takes.
-    if (consumer_of_thread() == 0) begin_turn();
+    if (P::kTurns && consumer_of_thread() == 0) begin_turn();
   }
 };
 

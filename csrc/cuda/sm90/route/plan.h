@@ -34,12 +34,19 @@ struct GatePlan {
   // Means go through a ring of panels: two steps, or four where head_dim is 64. Each consumer has room for the queries
   // of one tile, which lie in registers from its first step on, so that the next tile's are under way early.
   static constexpr int kSlotBytes = kGateMeans * 128;
-  static constexpr int kSlots = 4;
+#ifndef SLOTS
+#define SLOTS 3
+#endif
+#ifndef DEEP
+#define DEEP 8
+#endif
+  static constexpr bool kTurns = kConsumers == 2;
+  static constexpr int kSlots = kKept > 8 || kHeadDim == 64 ? 4 : SLOTS;
   // The scores of the first steps of a row are in its bound before they are offered. From kDeep steps on, merging
   // brings the bound along and the maxima of classes are left alone.
-  static constexpr int kLookAhead = 2, kDeep = 8;
+  static constexpr int kLookAhead = 2, kDeep = DEEP;
   // Candidates are staged in lists of one lane each, and checked for room after each part of a step.
-  static constexpr int kEntries = kKept == 64 ? 12 : kKept == 16 || kHeadDim == 64 ? 16 : 13;
+  static constexpr int kEntries = kKept == 64 ? 12 : kKept == 16 || kHeadDim == 64 || kKept == 2 ? 16 : SLOTS == 3 ? 15 : 13;
   // Entries are read four at a time, what lies behind them too.
   static constexpr int kAtOnce = 4;
   static_assert(kEntries <= 16);
@@ -48,7 +55,7 @@ struct GatePlan {
   // Whether rows have a bound from the maxima of classes of columns (bound.cuh).
   static constexpr bool kBounded = kKept <= 16;
   // Candidates of a row that are ranked at a time.
-  static constexpr int kFresh = kKept == 2 ? 4 : kKept == 16 ? 20 : 12;
+  static constexpr int kFresh = kKept == 2 ? 4 : kKept == 16 ? 20 : 16;
 
   // Of one warp, which owns 16 rows: four lanes share row lane / 4 and row lane / 4 + 8. The rows of `fresh` and `kept`
   // are padded so that eight of them start in different banks.
@@ -60,6 +67,8 @@ struct GatePlan {
     int32_t counts[16];  // of the kept blocks of a row
     GateTile tile;
   };
+  static_assert((kEntries + kAtOnce - 1) / kAtOnce * kAtOnce * (sizeof(float4) + sizeof(uint16_t)) * 32 <= sizeof(Warp),
+                "reads behind the last entry");
   struct Memory {
     unsigned char slots[kSlots][kSlotBytes];
     unsigned char queries[kConsumers][kQueryBytes];

@@ -72,10 +72,17 @@ struct GateRanks : GateLists<kHeadDim, kKept> {
     b = other;
   }
 
-  // Moves up to kFresh of the reached scores of a row to memory.fresh, in any order, as pairs of block and score;
-  // returns how many.
+  // Moves up to kFresh of the reached scores of a row to memory.fresh, as keys, with zeros behind them; returns how
+  // many.
   __device__ __forceinline__ int gather_fresh(uint32_t& reached, int half) {
-    const int lane = lane_of_warp(), own = __popc(reached);
+    const int lane = lane_of_warp();
+    constexpr int kWords = sizeof(memory.fresh) / sizeof(uint4);
+    uint4* words = reinterpret_cast<uint4*>(memory.fresh);
+#pragma unroll
+    for (int i = 0; i < (kWords + 31) / 32; ++i) {
+      if (i * 32 + lane < kWords) words[i * 32 + lane] = make_uint4(0, 0, 0, 0);
+    }
+    const int own = __popc(reached);
     int end = own;
 #pragma unroll
     for (int offset = 1; offset <= 2; offset *= 2) {
@@ -83,47 +90,21 @@ struct GateRanks : GateLists<kHeadDim, kKept> {
       if (lane % 4 >= offset) end += before;
     }
     const int total = __shfl_sync(0xffffffffu, end, 3, 4);
-    uint32_t mine = reached;
-    if (__any_sync(0xffffffffu, total > P::kFresh)) {
-      const int taken = max(min(end, P::kFresh) - (end - own), 0);
-      while (__popc(mine) > taken) mine ^= 0x80000000u >> __clz(mine);
-      __syncwarp();
-    }
-    reached ^= mine;
-    uint32_t to = shared_address(&memory.fresh[lane / 4][0]) + (end - own) * sizeof(uint64_t);
-    uint32_t from = list + half * 8, groups_from = group_of(list);
-#pragma unroll 1
-    while (__any_sync(0xffffffffu, mine != 0)) {
-      float2 s[P::kAtOnce];
-      uint32_t block[P::kAtOnce];
-#pragma unroll
-      for (int i = 0; i < P::kAtOnce; ++i) {
-        s[i] = shared_load_8(from + i * kScoreStride);
-        block[i] = shared_load_2(groups_from + i * kGroupStride) * 8u + lane % 4 * 2;
+    uint64_t* to = memory.fresh[lane / 4] + end - own;
+    const int taken = max(min(end, P::kFresh) - (end - own), 0), most = __reduce_max_sync(0xffffffffu, taken);
+    __syncwarp();
+#pragma unroll 2
+    for (int i = 0; i < most; ++i) {
+      const int bit = max(__ffs(reached) - 1, 0);
+      const float score = reinterpret_cast<const float*>(&memory.scores[bit / 2][lane])[2 * half + bit % 2];
+      const uint32_t block = memory.groups[bit / 2][lane] * 8u + lane % 4 * 2 + bit % 2;
+      if (i < taken) {
+        to[i] = gate_key(score, block);
+        reached &= reached - 1;
       }
-#pragma unroll
-      for (int i = 0; i < P::kAtOnce; ++i) {
-        append(to, mine & 1u << 2 * i, block[i], s[i].x);
-        append(to, mine & 2u << 2 * i, block[i] + 1, s[i].y);
-      }
-      mine >>= 2 * P::kAtOnce;
-      from += P::kAtOnce * kScoreStride;
-      groups_from += P::kAtOnce * kGroupStride;
     }
     __syncwarp();
     return min(total, P::kFresh);
-  }
-  __device__ __forceinline__ static void append(uint32_t& to, uint32_t really, uint32_t block, float score) {
-    asm volatile(
-        "{\n"
-        ".reg .pred really;\n"
-        "setp.ne.u32 really, %1, 0;\n"
-        "@really st.shared.v2.b32 [%0], {%2, %3};\n"
-        "@really add.u32 %0, %0, 8;\n"
-        "}"
-        : "+r"(to)
-        : "r"(really), "r"(block), "r"(__float_as_uint(score))
-        : "memory");
   }
 
   // Merges memory.fresh into `keys`, the first `before` of which are in use. A key's new place is the number of keys
@@ -136,40 +117,12 @@ struct GateRanks : GateLists<kHeadDim, kKept> {
     int place[kOwn];
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      uint64_t& fresh = memory.fresh[lane / 4][4 * i + part];
-      own[i] = 0;
-      if (4 * i < most) {
-        const uint64_t pair = fresh;
-        if (4 * i + part < count) own[i] = gate_key(__uint_as_float(score_of(pair)), block_of(pair));
-        fresh = own[i];
-      }
+      own[i] = memory.fresh[lane / 4][4 * i + part];
+      place[i] = 0;
     }
-    __syncwarp();
-    // By scores alone at first: equal ones show in places that do not add up.
-    int sum = 0;
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) place[i] = 0;
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) {
       if (4 * c < most) {
-        uint64_t fresh[4];
-        read_fresh(fresh, lane, c);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-#pragma unroll
-          for (int i = 0; i < kOwn; ++i) place[i] += score_of(fresh[k]) > score_of(own[i]);
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) sum += own[i] != 0 ? place[i] : 0;
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    if (__any_sync(0xffffffffu, sum != count * (count - 1) / 2)) {
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) place[i] = 0;
-#pragma unroll 1
-      for (int c = 0; 4 * c < most; ++c) {
         uint64_t fresh[4];
         read_fresh(fresh, lane, c);
 #pragma unroll
@@ -228,6 +181,19 @@ struct GateRanks : GateLists<kHeadDim, kKept> {
     keys[1] = low.y;
     keys[2] = high.x;
     keys[3] = high.y;
+  }
+
+  __device__ __forceinline__ static void append(uint32_t& to, uint32_t really, uint32_t block, float score) {
+    asm volatile(
+        "{\n"
+        ".reg .pred really;\n"
+        "setp.ne.u32 really, %1, 0;\n"
+        "@really st.shared.v2.b32 [%0], {%2, %3};\n"
+        "@really add.u32 %0, %0, 8;\n"
+        "}"
+        : "+r"(to)
+        : "r"(really), "r"(block), "r"(__float_as_uint(score))
+        : "memory");
   }
 
   // Ranks what is staged and writes it, where nothing was merged before, numbers do not run out and no scores are
@@ -326,7 +292,10 @@ struct GateRanks : GateLists<kHeadDim, kKept> {
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
       different = different && sum == count[half] * (count[half] - 1) / 2;
     }
-    if (!__all_sync(0xffffffffu, different)) return false;
+    if (!__all_sync(0xffffffffu, different)) {
+      __syncwarp();
+      return false;
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll

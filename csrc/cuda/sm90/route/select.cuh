@@ -37,7 +37,7 @@ struct GateSelection : GateRanks<kHeadDim, kKept> {
 
   static constexpr int kNone = 0, kMaxima = 1, kBounds = 2;
 
-  uint32_t best[8];  // maxima of this lane's classes, columns 16 i .. 16 i + 15 of all steps: pairs for its two rows
+  uint32_t best[8];  // maxima of this lane's classes, columns 8 i + 64 j .. 8 i + 64 j + 7 of all steps: pairs for its two rows
   int news;          // kNone, or what has not reached the bounds or the lists yet
 
   // Rows that do not exist have a bound that hardly anything reaches.
@@ -79,7 +79,7 @@ struct GateSelection : GateRanks<kHeadDim, kKept> {
       }
       const float first = fmaxf(s[0], s[1]), second = fmaxf(s[2], s[3]);
       if constexpr (P::kBounded) {
-        best[group / 2] = larger(best[group / 2], truncated(first, second));
+        best[group % 8] = larger(best[group % 8], truncated(first, second));
       }
       offer(s, first, second, first_group + group, place);
     }
@@ -92,11 +92,9 @@ struct GateSelection : GateRanks<kHeadDim, kKept> {
 #pragma unroll
       for (int part = 0; part < P::kParts; ++part) {
 #pragma unroll
-        for (int i = part * P::kPartGroups; part < parts && i < (part + 1) * P::kPartGroups; i += 2) {
+        for (int i = part * P::kPartGroups; part < parts && i < (part + 1) * P::kPartGroups; ++i) {
           const float* s = scores + 4 * i;
-          const float first = fmaxf(fmaxf(s[0], s[1]), fmaxf(s[4], s[5]));
-          const float second = fmaxf(fmaxf(s[2], s[3]), fmaxf(s[6], s[7]));
-          best[i / 2] = larger(best[i / 2], truncated(first, second));
+          best[i % 8] = larger(best[i % 8], truncated(fmaxf(s[0], s[1]), fmaxf(s[2], s[3])));
         }
       }
       news = kMaxima;

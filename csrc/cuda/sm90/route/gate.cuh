@@ -1,6 +1,6 @@
-// Gate scores on the tensor cores and the best blocks of every query: one producer warp loads queries and block means
-// by TMA; each consumer warpgroup multiplies 64 queries with 128 means at a time, from the latest block down, and keeps
-// the best of them (select.cuh). While one consumer selects, the other multiplies.
+// Gate scores on the tensor cores and the best blocks of every query: one producer thread loads queries and block means
+// by TMA; each consumer warpgroup multiplies 64 queries, in registers, with 128 means at a time, from the latest block
+// down, and keeps the best of them (select.cuh).
 #pragma once
 
 #include "cuda/portable/unit.cuh"
@@ -141,7 +141,7 @@ struct GateConsumer {
     }
   }
 
-  // Consumers multiply in turns, so that one multiplies while the others select.
+  // Where consumers multiply in turns, one multiplies while the other selects.
   __device__ __forceinline__ void begin_turn() { named_barrier_sync(1 + consumer_of_thread(), 2 * kWarpgroup); }
   __device__ __forceinline__ void end_turn() {
     const int next = consumer_of_thread() + 1;

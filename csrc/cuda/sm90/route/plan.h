@@ -28,25 +28,21 @@ struct GatePlan {
   static constexpr int kThreads = (kConsumers + 1) * 128;
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+  // Two consumers multiply in turns; of three, one that ranks would hold up the others.
+  static constexpr bool kTurns = kConsumers == 2;
   static constexpr int kTileRows = kConsumers * kGateQueries;
   static constexpr int kPanels = kHeadDim / 64;
   static constexpr int kQueryBytes = kGateQueries * kHeadDim * 2;
-  // Means go through a ring of panels: two steps, or four where head_dim is 64. Each consumer has room for the queries
-  // of one tile, which lie in registers from its first step on, so that the next tile's are under way early.
+  // Each consumer has room for the queries of one tile, which lie in registers from its first step on, so that the next
+  // tile's are under way early. Means go through a ring of panels; three, one and a half steps, leave more room for the
+  // lists, whose length matters more.
   static constexpr int kSlotBytes = kGateMeans * 128;
-#ifndef SLOTS
-#define SLOTS 3
-#endif
-#ifndef DEEP
-#define DEEP 8
-#endif
-  static constexpr bool kTurns = kConsumers == 2;
-  static constexpr int kSlots = kKept > 8 || kHeadDim == 64 ? 4 : SLOTS;
-  // The scores of the first steps of a row are in its bound before they are offered. From kDeep steps on, merging
-  // brings the bound along and the maxima of classes are left alone.
-  static constexpr int kLookAhead = 2, kDeep = DEEP;
-  // Candidates are staged in lists of one lane each, and checked for room after each part of a step.
-  static constexpr int kEntries = kKept == 64 ? 12 : kKept == 16 || kHeadDim == 64 || kKept == 2 ? 16 : SLOTS == 3 ? 15 : 13;
+  static constexpr int kSlots = kKept > 8 || kHeadDim == 64 ? 4 : 3;
+  // The bound of a row knows the scores of this many first steps before they are offered.
+  static constexpr int kLookAhead = 2;
+  // Candidates are staged in lists of one lane each, which are checked for room after each part of a step. A list that
+  // runs full costs a ranking.
+  static constexpr int kEntries = kKept == 64 ? 12 : kKept == 16 || kHeadDim == 64 || kKept == 2 ? 16 : 15;
   // Entries are read four at a time, what lies behind them too.
   static constexpr int kAtOnce = 4;
   static_assert(kEntries <= 16);

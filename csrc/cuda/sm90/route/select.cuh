@@ -3,9 +3,9 @@
 // Scores arrive as wgmma leaves them (see wgmma.cuh), latest blocks first. Groups of four scores, two columns of two
 // rows, that reach the bound of their row are staged in a list of the lane, without branches. The bound comes from the
 // maxima of classes of columns. When a list runs full, the bound is brought up to date and the lists are rid of what it
-// excludes. If that does not help, and at the end, the warp merges what is staged into the kept blocks of its rows,
-// which are exact and ordered; the score of the last kept block is then the bound, and later blocks win ties, so from
-// then on a score has to be above it.
+// excludes. If that does not help, the warp merges what is staged into the kept blocks of its rows, which are exact and
+// ordered; the score of the last kept block is then the bound, and later blocks win ties, so from then on a score has
+// to be above it. What is staged at the end is ranked and written, or merged as well where it has to be.
 //
 // Masked scores are NaN, and NaN reaches no bound: blocks with a NaN score are taken at the end, where numbers run out.
 #pragma once
@@ -37,7 +37,8 @@ struct GateSelection : GateRanks<kHeadDim, kKept> {
 
   static constexpr int kNone = 0, kMaxima = 1, kBounds = 2;
 
-  uint32_t best[8];  // maxima of this lane's classes, columns 8 i + 64 j .. 8 i + 64 j + 7 of all steps: pairs for its two rows
+  uint32_t best[8];  // maxima of this lane's classes, columns 8 i + 64 j .. 8 i + 64 j + 7 of all steps: pairs for its
+                     // two rows
   int news;          // kNone, or what has not reached the bounds or the lists yet
 
   // Rows that do not exist have a bound that hardly anything reaches.
@@ -107,11 +108,9 @@ struct GateSelection : GateRanks<kHeadDim, kKept> {
     constexpr int kPartColumns = P::kPartGroups * 8;
     const int first_part = min(end - 1 - step * kGateMeans, kGateMeans - 1) / kPartColumns;
     const int taken = (end - 1) / kGateMeans - step;  // steps
-    // What is left to do: parts are counted down, from kSecond on those whose maxima the bound knows beforehand or does
-    // not need any more; above them, a look ahead for rows without a good bound. The loop makes one copy of what
-    // follows a full list.
-    int part = first_part + (P::kBounded && taken >= P::kDeep ? kSecond : 0);
-    if (P::kBounded && (taken < P::kLookAhead || unbounded())) part = kLook;
+    // What is left to do: parts are counted down, from kSecond on those whose maxima the bound knows beforehand; above
+    // them, a look ahead for rows without a good bound. The loop makes one copy of what follows a full list.
+    int part = P::kBounded && (taken < P::kLookAhead || unbounded()) ? kLook : first_part;
 #pragma unroll 1
     for (;;) {
       const bool look = P::kBounded && part == kLook;

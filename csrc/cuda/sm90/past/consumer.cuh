@@ -209,20 +209,23 @@ struct Consumer {
     }
   }
 
-  // Keys and values of a resident block.
-  __device__ __forceinline__ Ring<P::kKeySlots> slot_of(const Work& work) const {
-    return {work.item % P::kKeySlots, static_cast<uint32_t>(work.item / P::kKeySlots & 1)};
+  // Where keys and values are, by the barriers that tell that they are there.
+  using KeyRing = Ring<P::kFullBarriers>;
+  __device__ __forceinline__ static int slot(const KeyRing& key) { return key.slot % P::kKeySlots; }
+  // Those of a resident block.
+  __device__ __forceinline__ KeyRing ring_of(const Work& work) const {
+    return {work.item % P::kFullBarriers, static_cast<uint32_t>(work.item / P::kFullBarriers & 1)};
   }
 
   // Scores of the queries in the slot and the keys in `key`.
-  __device__ __forceinline__ void start_scores(Scores& scores, const Ring<P::kKeySlots>& key) {
+  __device__ __forceinline__ void start_scores(Scores& scores, const KeyRing& key) {
     mbarrier_wait(shared_address(&memory.key_full[key.slot]), key.phase);
-    multiply_keys(scores, shared_address(memory.queries[queries.slot]), shared_address(memory.keys[key.slot]));
+    multiply_keys(scores, shared_address(memory.queries[queries.slot]), shared_address(memory.keys[slot(key)]));
   }
-  __device__ __forceinline__ void end_scores(Scores& scores, const Ring<P::kKeySlots>& key, int releases, bool last) {
+  __device__ __forceinline__ void end_scores(Scores& scores, const KeyRing& key, int releases, bool last) {
     settle(scores);
     __syncwarp();
-    if (releases) arrive(&memory.key_empty[key.slot], releases);
+    if (releases) arrive(&memory.key_empty[slot(key)], releases);
     if (last) {
       release_queries();
       if (schedule.last_keys < kKeys) mask(scores, schedule.last_keys);
@@ -236,8 +239,8 @@ struct Consumer {
     if (work.item < 0) return;
     const int steps = kResident ? 1 : schedule.steps;
     int step = 0;  // of the key tile whose weights wait for their product
-    Ring<P::kKeySlots> key;
-    if (kResident) key = slot_of(work);
+    KeyRing key;
+    if (kResident) key = ring_of(work);
     Softmax softmax;
     Out out;
     Weights weights;
@@ -256,16 +259,16 @@ struct Consumer {
         next = take_tile();
         if (next.item < 0) break;
       }
-      Ring<P::kKeySlots> after = key;
+      KeyRing after = key;
       if (kResident) {
-        after = slot_of(next);
+        after = ring_of(next);
       } else {
         after.advance();
       }
       Scores scores;
       start_scores(scores, after);
       mbarrier_wait(shared_address(&memory.value_full[key.slot]), key.phase);
-      multiply_values(out, weights, shared_address(memory.values[key.slot]), step > 0);
+      multiply_values(out, weights, shared_address(memory.values[slot(key)]), step > 0);
       wgmma_wait<1>();
       const int next_step = last ? 0 : step + 1;
       end_scores(scores, after, kResident ? next.releases : 1, kResident || next_step + 1 == steps);
@@ -275,7 +278,7 @@ struct Consumer {
       settle(out);
       settle(weights);
       __syncwarp();
-      if (!kResident || work.releases) arrive(&memory.value_empty[key.slot], kResident ? work.releases : 1);
+      if (!kResident || work.releases) arrive(&memory.value_empty[slot(key)], kResident ? work.releases : 1);
       if (last) {
         store(out, before, work);
       } else {
@@ -287,7 +290,7 @@ struct Consumer {
       step = next_step;
     }
     mbarrier_wait(shared_address(&memory.value_full[key.slot]), key.phase);
-    multiply_values(out, weights, shared_address(memory.values[key.slot]), step > 0);
+    multiply_values(out, weights, shared_address(memory.values[slot(key)]), step > 0);
     wgmma_wait<0>();
     settle(out);
     store(out, softmax, work);

@@ -182,6 +182,7 @@ struct Producer {
   __device__ __forceinline__ void load_keys_and_values() {
     Ring<P::kShareSlots> shares;
     Ring<P::kKeySlots> ring;
+    Ring<P::kFullBarriers> full;
     const Sequences sequences(p.shape);
     for (int share; (share = next_share(shares)) >= 0;) {
       for_each_part<kTogether>(p, schedule, share, [&](int local, const UnitLists& lists, int tile, int end) {
@@ -191,8 +192,10 @@ struct Producer {
           const int begin = sequences.first_key(item.block);
           const int visits = kResident ? 1 : (item.tiles + P::kConsumers - 1) / P::kConsumers;
           for (int visit = 0; visit < visits; ++visit) {
-            for (int step = 0; step < (kResident ? 1 : schedule.steps); ++step, ring.advance()) {
-              load_step(ring, begin + step * kKeys, kResident || step + 1 == schedule.steps, head, group);
+            for (int step = 0; step < (kResident ? 1 : schedule.steps); ++step) {
+              load_step(ring, full.slot, begin + step * kKeys, kResident || step + 1 == schedule.steps, head, group);
+              ring.advance();
+              full.advance();
             }
           }
         });
@@ -200,16 +203,16 @@ struct Producer {
     }
   }
 
-  __device__ __forceinline__ void load_step(const Ring<P::kKeySlots>& ring, int key_begin, bool last, int head,
-                                            int group) {
+  __device__ __forceinline__ void load_step(const Ring<P::kKeySlots>& ring, int full, int key_begin, bool last,
+                                            int head, int group) {
     mbarrier_wait(shared_address(&memory.key_empty[ring.slot]), ring.phase ^ 1);
     if (lane() == 0) {
-      load(map_k, memory.keys[ring.slot], &memory.key_full[ring.slot], P::kKeyBytes, key_begin, head, group);
+      load(map_k, memory.keys[ring.slot], &memory.key_full[full], P::kKeyBytes, key_begin, head, group);
     }
     mbarrier_wait(shared_address(&memory.value_empty[ring.slot]), ring.phase ^ 1);
     if (last && schedule.last_keys < kKeys) clear_values(memory.values[ring.slot]);
     if (lane() == 0) {
-      load(last ? map_last_v : map_v, memory.values[ring.slot], &memory.value_full[ring.slot],
+      load(last ? map_last_v : map_v, memory.values[ring.slot], &memory.value_full[full],
            (last ? schedule.last_keys : kKeys) * kHeadDim * 2, key_begin, head, group);
     }
     __syncwarp();

@@ -54,8 +54,7 @@ struct PastParams {
   Partials partials;
 };
 
-// Attention of every query to its current block, merged with its partials; or, with a route and without lists, to all
-// blocks it chose.
+// Attention of every query to its current block, merged with its partials.
 struct CurrentParams {
   Shape shape;
   PastLists lists;
@@ -63,8 +62,7 @@ struct CurrentParams {
   double softmax_scale;
   Partials partials;
   Target out;
-  Target lse;    // row stride 1, float, natural logarithm
-  Source route;  // int32, or null
+  Target lse;  // row stride 1, float, natural logarithm
 };
 
 }  // namespace moba::cuda::sm90

@@ -3,8 +3,6 @@
 use clap::ValueEnum;
 use tch::{Device, Kind, Tensor};
 
-use crate::memory::empty_cache;
-
 #[derive(ValueEnum, Clone, Copy, Debug)]
 pub enum Data {
     Uniform,
@@ -36,10 +34,6 @@ impl Data {
     pub fn generate(self, batch: i64, shape: &Shape, head_dim: i64, (kind, device): (Kind, Device)) -> Inputs {
         let &Shape { heads, heads_k, seqlen, sink } = shape;
         tch::manual_seed(20250218);
-        // Before anything larger: a tensor that lies in what is left of a larger one would keep that memory from the peak.
-        empty_cache(device);
-        let place = |heads: i64| Tensor::empty([batch, heads, seqlen, head_dim], (kind, device));
-        let places = [place(heads), place(heads_k), place(heads_k)];
         let noise = |heads: i64| Tensor::randn([batch, heads, seqlen, head_dim], (Kind::Float, device));
         let (q, k, v) = (noise(heads), noise(heads_k), noise(heads_k));
         let (q, k) = match self {
@@ -59,10 +53,7 @@ impl Data {
                 (q + &direction, k + first * direction)
             }
         };
-        let [mut at_q, mut at_k, mut at_v] = places;
-        at_q.copy_(&q);
-        at_k.copy_(&k);
-        at_v.copy_(&v);
-        Inputs { q: at_q, k: at_k, v: at_v }
+        let [q, k, v] = [q, k, v].map(|tensor| tensor.to_kind(kind));
+        Inputs { q, k, v }
     }
 }

@@ -44,10 +44,7 @@ pub fn peak_mib(
 }
 
 /// tch cannot empty libtorch's cache of device memory, but libtorch does so itself before it gives up on a request.
-pub fn empty_cache(device: Device) {
-    if !device.is_cuda() {
-        return;
-    }
+fn empty_cache(device: Device) {
     const MORE_THAN_ANY_DEVICE: i64 = 1 << 44;
     let refused = Tensor::f_empty([MORE_THAN_ANY_DEVICE], (Kind::Uint8, device));
     debug_assert!(refused.is_err());

@@ -212,7 +212,7 @@ fn poison(case: &Case, x: &Tensor, token: i64, value: f64, chosen: &Tensor) -> (
 
 /// A value and the token that it is put into, in shapes of all kernels.
 fn poisoned_cases() -> impl Iterator<Item = (Case, f64, i64)> {
-    // Lists of whole key tiles, lists of parts of them, and masked key tiles.
+    // Blocks of whole key tiles and of parts of them.
     let shapes = [(64, 16, 8), (200, 64, 64), (150, 128, 32), (300, 64, 128), (290, 128, 128)];
     let cases = shapes.map(|(seqlen, head_dim, block_size)| Case::new(seqlen, head_dim, block_size, 2));
     let poisons = [(f64::NAN, 13), (f64::INFINITY, 40), (f64::NEG_INFINITY, 0), (f64::NAN, 63)];

@@ -68,10 +68,13 @@ void for_key_heads(const Shape& shape, const at::TensorOptions& options, Measure
 }
 
 inline void attend_hopper(const Problem& problem, const Tensor& q, const Tensor& k, const Tensor& v,
-                          const Tensor& route, double softmax_scale, const Tensor& out, const Tensor& lse) {
+                          const Tensor& route, int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale,
+                          const Tensor& out, const Tensor& lse) {
   const Shape& shape = problem.shape();
+  const bool query_major = sm90::query_major(shape, max_seqlen_q, max_seqlen_k);
+  const bool listed = shape.slots > 0 && !query_major;
   const auto attend = [&](const sm90::PastLists& lists, const sm90::Partials& partials) {
-    if (shape.slots > 0) {
+    if (listed) {
       const sm90::PastParams past{
           .shape = shape,
           .lists = lists,
@@ -95,10 +98,11 @@ inline void attend_hopper(const Problem& problem, const Tensor& q, const Tensor&
         .partials = partials,
         .out = problem.rows_out(out),
         .lse = problem.per_query_out(lse),
+        .route = query_major ? problem.per_query(route) : Source{},
     };
     C10_CUDA_CHECK(sm90::launch_current(current, problem.dtype(), problem.stream()));
   };
-  if (shape.slots == 0) return attend({.units_k = {0, shape.units_k()}}, {});
+  if (!listed) return attend({.units_k = {0, shape.units_k()}}, {});
 
   const auto bytes_of = [&](int64_t units_k) {
     Cutter cutter;

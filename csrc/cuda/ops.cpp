@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q_any, const Tensor& k_any, cons
   if (!problem.empty() && sm90::refusal(problem.shape(), softmax_scale, problem.dtype()).empty()) {
     const Tensor q = problem.regular_q(q_any), k = problem.regular_k(k_any), v = problem.regular_k(v_any);
     const Tensor out = at::empty_like(q), lse = at::empty(lse_sizes, accumulator(q));
-    attend_hopper(problem, q, k, v, route_any.contiguous(), softmax_scale, out, lse);
+    attend_hopper(problem, q, k, v, route_any.contiguous(), max_seqlen_q, max_seqlen_k, softmax_scale, out, lse);
     return {out, lse};
   }
   if (!routed) {

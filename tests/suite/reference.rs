@@ -110,7 +110,7 @@ fn shapes_of_the_tensor_core_kernels() {
     cases.push(Case::new(640, 64, 512, 2).heads(2, 1));
     cases.push(Case::new(700, 128, 128, 3).heads(4, 2));
     cases.push(Case::new(900, 64, 256, 2).queries(333).heads(2, 1).batch(2));
-    // Long lists, of blocks of whole key tiles.
+    // Too long for masks, so by lists of blocks of whole key tiles.
     cases.push(Case::new(2999, 128, 128, 2).heads(2, 1));
     cases.push(Case::new(2999, 64, 256, 2));
     for device in devices() {

@@ -54,7 +54,8 @@ struct PastParams {
   Partials partials;
 };
 
-// Attention of every query to its current block, merged with its partials.
+// Attention of every query to its current block, merged with its partials; or, with a route and without lists, to all
+// blocks it chose.
 struct CurrentParams {
   Shape shape;
   PastLists lists;
@@ -62,7 +63,8 @@ struct CurrentParams {
   double softmax_scale;
   Partials partials;
   Target out;
-  Target lse;  // row stride 1, float, natural logarithm
+  Target lse;    // row stride 1, float, natural logarithm
+  Source route;  // int32, or null
 };
 
 }  // namespace moba::cuda::sm90

@@ -185,6 +185,24 @@ __device__ __forceinline__ uint64_t further(uint64_t descriptor, uint32_t bytes)
   return (descriptor & 0xffffffff00000000) | low;
 }
 
+#define MOBA_WGMMA_REGISTERS_ROWS(N, COUNT, TYPE, D, A0, A1, A2, A3, B, P)                                       \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\nwgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE \
+               "." TYPE " {" MOBA_REGISTERS_##COUNT "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", p, 1, 1, 0;\n}" \
+               : D##_##COUNT(d, 0)                                                                               \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
+
+// d (+)= A B: A [64, 16] in registers, B [N, 16] in shared memory, contiguous along the 16.
+template <class T>
+__device__ __forceinline__ void wgmma_registers_rows(float (&d)[64], const uint32_t (&a)[4], uint64_t b,
+                                                     int accumulate) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    MOBA_WGMMA_REGISTERS_ROWS("128", 64, "bf16", MOBA_INOUT, "%64", "%65", "%66", "%67", "%68", "%69");
+  } else {
+    MOBA_WGMMA_REGISTERS_ROWS("128", 64, "f16", MOBA_INOUT, "%64", "%65", "%66", "%67", "%68", "%69");
+  }
+}
+
+#undef MOBA_WGMMA_REGISTERS_ROWS
 #undef MOBA_REGISTERS_16
 #undef MOBA_INOUT_16
 #undef MOBA_WGMMA_CROSSED

@@ -11,9 +11,13 @@ using namespace backward;
 
 namespace {
 
-// dq in float of one key head, up to which it is summed in memory: so much stays in the L2 cache (50 MB). Twice as much
-// where a block has several key tiles, each with its own partial dq to write and read.
-constexpr int64_t kReduceBytes = int64_t(32) << 20;
+// Up to how many bytes of dq in float of one key head it is summed in memory: so much stays in the L2 cache (50 MB).
+// Twice as much where a block has several key tiles, each with its own partial dq to write and read. With four of them
+// sums are the faster way at any length.
+int64_t reduce_bytes(int64_t tiles) {
+  constexpr int64_t kBytes = int64_t(32) << 20;
+  return tiles >= 4 ? INT64_MAX : tiles > 1 ? 2 * kBytes : kBytes;
+}
 
 cudaError_t processors_of_device(int& processors) {
   int device = 0;
@@ -53,12 +57,13 @@ Workspace lay_out(Layout& layout, const Shape& shape, int64_t units_k, const Bac
   work.rows = heads_rows(shape);
   work.entries = capacity(shape);
   work.partial_rows = partial_rows(shape);
+  work.pass_tiles = static_cast<int32_t>(plan.pass_tiles);
   work.lse = layout.take<float>(rows);
   work.own_lse = layout.take<float>(rows);
   work.delta = layout.take<float>(rows);
   work.sums = layout.take<float>(sums ? rows * shape.head_dim : 0);
   work.partials =
-      layout.take<uint16_t>(plan.reduce ? 0 : plan.pass_tiles * units_k * partial_rows(shape) * shape.head_dim);
+      layout.take<uint16_t>(plan.reduce ? 0 : units_k * partial_rows(shape) * plan.pass_tiles * shape.head_dim);
   work.items = layout.take<Item>(key_tiles + max_slabs(processors));
   work.splits = layout.take<Item>(key_tiles);
   work.slabs = layout.take<float>(max_slabs(processors) * 2 * kKeyTile * shape.head_dim);
@@ -73,9 +78,9 @@ cudaError_t plan_backward(BackwardPlan& plan, const Shape& shape, int64_t units_
   const cudaError_t status = processors_of_device(processors);
   if (status != cudaSuccess) return status;
   const int64_t tile_bytes = units_k * partial_rows(shape) * shape.head_dim * 2;
-  const int64_t tiles = block_tiles(shape), reduce_bytes = tiles > 1 ? 2 * kReduceBytes : kReduceBytes;
+  const int64_t tiles = block_tiles(shape);
   plan.reduce =
-      !deterministic && (heads_rows(shape) * shape.head_dim * 4 <= reduce_bytes || tile_bytes * tiles > bytes);
+      !deterministic && (heads_rows(shape) * shape.head_dim * 4 <= reduce_bytes(tiles) || tile_bytes * tiles > bytes);
   plan.pass_tiles = plan.reduce ? tiles : std::clamp(bytes / tile_bytes, int64_t(1), tiles);
   Layout layout(nullptr);
   lay_out(layout, shape, units_k, plan, processors);
@@ -90,12 +95,12 @@ cudaError_t launch_backward(const BackwardParams& p, const BackwardPlan& plan, v
   if (status != cudaSuccess) return status;
   Layout layout(workspace);
   const Workspace work = lay_out(layout, p.shape, p.lists.units_k.count, plan, processors);
-  status = launch_prepare(p, work, plan.reduce, dtype, stream);
   const int64_t tiles = block_tiles(p.shape);
   for (int64_t tile = 0; tile < tiles && status == cudaSuccess; tile += plan.pass_tiles) {
     const int64_t count = std::min(plan.pass_tiles, tiles - tile);
     const Pass pass{static_cast<int32_t>(tile), static_cast<int32_t>(count), tile == 0, tile + count == tiles};
     status = launch_items(p, work, pass, processors, stream);
+    if (status == cudaSuccess && pass.first) status = launch_prepare(p, work, plan.reduce, dtype, stream);
     if (status == cudaSuccess) {
       status = with_products(p.shape, dtype, [&](auto products) {
         return decltype(products)::launch(p, work, plan.reduce, processors, stream);

@@ -36,9 +36,8 @@ struct Consumer {
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
     return thread - kWarpgroup;
   }
-  __device__ __forceinline__ void arrive(uint64_t* barrier) {
-    if (thread() % 32 == 0) mbarrier_arrive(shared_address(barrier));
-  }
+  // Every thread, after what it read itself.
+  __device__ __forceinline__ void arrive(uint64_t* barrier) { mbarrier_arrive(shared_address(barrier)); }
 
   template <int kCount>
   __device__ __forceinline__ void clear(float (&values)[kCount]) {

@@ -1,5 +1,6 @@
 // Cuts the work of the products into items: key tile after key tile, long ones into several shares. One thread block.
 #include "cuda/sm90/backward/tiles.cuh"
+#include "cuda/sm90/dependent.cuh"
 
 namespace moba::cuda::sm90::backward {
 namespace {
@@ -80,6 +81,8 @@ __device__ __forceinline__ void write_items(const Workspace& work, Item item, co
 __global__ void __launch_bounds__(kThreads, 1)
     items_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ Workspace work,
                  const __grid_constant__ Pass pass, int processors) {
+  wait_for_earlier();
+  let_next_start();
   const int tiles = static_cast<int>(p.lists.units_k.count * p.shape.blocks() * pass.tiles);
   int64_t own = 0;
   for (int i = threadIdx.x; i < tiles; i += kThreads) own += key_tile(p, pass, i).count;
@@ -109,8 +112,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 cudaError_t launch_items(const BackwardParams& p, const Workspace& work, const Pass& pass, int processors,
                          cudaStream_t stream) {
-  items_kernel<<<1, kThreads, 0, stream>>>(p, work, pass, processors);
-  return cudaGetLastError();
+  return launch_dependent(items_kernel, {1, kThreads, 0}, stream, p, work, pass, processors);
 }
 
 }  // namespace moba::cuda::sm90::backward

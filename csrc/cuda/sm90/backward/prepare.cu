@@ -1,7 +1,9 @@
 // What the products need of each query row: lse to base 2 and delta = sum(dout * out) - dlse. head_dim / 8 lanes hold a
-// row, 16 bytes each.
+// row, 16 bytes each. Runs while the items are cut: the one thread block that does that lets this kernel start when all
+// earlier kernels are complete.
 #include "cuda/portable/unit.cuh"
 #include "cuda/sm90/backward/work.h"
+#include "cuda/sm90/dependent.cuh"
 
 namespace moba::cuda::sm90::backward {
 namespace {
@@ -19,6 +21,8 @@ __global__ void __launch_bounds__(kThreads)
     prepare_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ Workspace work, int unit_blocks,
                    bool reduce) {
   constexpr int kLanes = kHeadDim / kColumns;
+  let_next_start();
+  if (blockIdx.x + 1 == gridDim.x) wait_for_earlier();  // so that this kernel ends after the items are cut
   const Shape& shape = p.shape;
   const int block = static_cast<int>(blockIdx.x), local = block / unit_blocks;
   const int64_t row = static_cast<int64_t>(block - local * unit_blocks) * (kThreads / kLanes) + threadIdx.x / kLanes;
@@ -29,14 +33,14 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t unit = p.lists.units_k.begin * work.heads + local;
   // All loads at once.
   const auto load = [&](const Source& source) {
-    return *reinterpret_cast<const Part<T>*>(unit_base<T>(source, unit, shape.heads) + row * source.row +
+    return *reinterpret_cast<const Part<T>*>(unit_rows<T>(source, unit, shape.heads) + row * source.row +
                                              lane * kColumns);
   };
   const Part<T> dout = load(p.dout), out = load(p.out);
   float lse = 0, dlse = 0;
   if (lane == 0) {
-    lse = unit_base<float>(p.lse, unit, shape.heads)[row * p.lse.row];
-    dlse = unit_base<float>(p.dlse, unit, shape.heads)[row * p.dlse.row];
+    lse = unit_rows<float>(p.lse, unit, shape.heads)[row * p.lse.row];
+    dlse = unit_rows<float>(p.dlse, unit, shape.heads)[row * p.dlse.row];
   }
   const int slots = static_cast<int>(shape.slots);
   bool current = false;
@@ -72,8 +76,8 @@ cudaError_t launch_prepare(const BackwardParams& p, const Workspace& work, bool 
   const int64_t grid = p.lists.units_k.count * work.heads * unit_blocks;
   if (!fits_grid(grid)) return cudaErrorInvalidValue;
   const auto launch = [&](auto kernel) {
-    kernel<<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(p, work, static_cast<int>(unit_blocks), reduce);
-    return cudaGetLastError();
+    return launch_dependent(kernel, {static_cast<unsigned>(grid), kThreads, 0}, stream, p, work,
+                            static_cast<int>(unit_blocks), reduce);
   };
   const bool wide = p.shape.head_dim == 128;
   if (dtype == Dtype::kHalf) return wide ? launch(prepare_kernel<__half, 128>) : launch(prepare_kernel<__half, 64>);

@@ -86,7 +86,8 @@ struct Producer {
     const bool there = entry != kNobody, own = !in_list();
     const uint32_t head = there ? entry >> kRowBits : 0, row = there ? entry & kRowMask : 0;
     const uint32_t index = head * static_cast<uint32_t>(p.shape.rows) + row;
-    const uint32_t target = kReduce ? index : own ? static_cast<uint32_t>(work.entries) + index : list_first + i;
+    const uint32_t part = own ? static_cast<uint32_t>(work.entries) + index : list_first + i;
+    const uint32_t target = kReduce ? index : part * work.pass_tiles;
     tile.target[i] = there ? target : kNobody;
     tile.queries[i] = there ? static_cast<int32_t>((head * p.q.head + row * p.q.row) / 8) : -1;
     tile.gradients[i] = there ? static_cast<int32_t>((head * p.dout.head + row * p.dout.row) / 8) : -1;
@@ -101,7 +102,7 @@ struct Producer {
       tile.rows = work.sums + item.unit_k * work.rows * kHeadDim;
     } else {
       tile.rows = static_cast<T*>(work.partials) +
-                  (source->tile * p.lists.units_k.count + item.unit_k) * work.partial_rows * kHeadDim;
+                  (item.unit_k * work.partial_rows * work.pass_tiles + source->tile) * kHeadDim;
     }
     tile.kind = last ? kLast : kMore;
     tile.shift = shift;
@@ -148,7 +149,7 @@ struct Producer {
   __device__ __forceinline__ void publish() {
     const uint32_t full = shared_address(&memory.full[stage.slot]);
     cp_async_mbarrier_arrive(full);
-    if (lane() == 0) mbarrier_arrive(full);
+    mbarrier_arrive(full);
     stage.advance();
   }
 

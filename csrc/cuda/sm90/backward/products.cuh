@@ -3,6 +3,7 @@
 
 #include "cuda/sm90/backward/consumer.cuh"
 #include "cuda/sm90/backward/producer.cuh"
+#include "cuda/sm90/dependent.cuh"
 
 namespace moba::cuda::sm90::backward {
 
@@ -14,14 +15,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto& memory = *reinterpret_cast<Memory<kHeadDim>*>(dynamic_memory);
   if (threadIdx.x == 0) {
     for (int i = 0; i < Memory<kHeadDim>::kStages; ++i) {
-      mbarrier_init(shared_address(&memory.full[i]), kWarpgroup + 4);
-      mbarrier_init(shared_address(&memory.empty[i]), 4 * kConsumers);
+      mbarrier_init(shared_address(&memory.full[i]), 2 * kWarpgroup);  // copies, and what is stored
+      mbarrier_init(shared_address(&memory.empty[i]), kConsumerThreads);
     }
     mbarrier_init(shared_address(&memory.keys_full), kWarpgroup);
-    mbarrier_init(shared_address(&memory.keys_empty), 4 * kConsumers);
+    mbarrier_init(shared_address(&memory.keys_empty), kConsumerThreads);
     fence_proxy_async();
   }
   __syncthreads();
+  wait_for_earlier();
+  let_next_start();
   if (threadIdx.x < kWarpgroup) {
     setmaxnreg_decrease<Memory<kHeadDim>::kProducerRegisters>();
     Producer<T, kHeadDim, kReduce> producer{p, work, memory};
@@ -42,8 +45,7 @@ cudaError_t Products<T, kHeadDim>::launch(const BackwardParams& p, const Workspa
   const auto kernel = reduce ? products_kernel<T, kHeadDim, true> : products_kernel<T, kHeadDim, false>;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
-  kernel<<<processors, kThreads, kBytes, stream>>>(p, work);
-  return cudaGetLastError();
+  return launch_dependent(kernel, {static_cast<unsigned>(processors), kThreads, kBytes}, stream, p, work);
 }
 
 }  // namespace moba::cuda::sm90::backward

@@ -1,7 +1,9 @@
 // dq: from the sums in memory, or as the sum of the partials of each row in the order of its slots. head_dim / 8 lanes
 // hold a row, in the permuted order of the products; four of them exchange what they hold of 32 columns at the end.
+// Runs beside the splits, whose thread blocks let it start when all earlier kernels are complete.
 #include "cuda/portable/unit.cuh"
 #include "cuda/sm90/backward/store.cuh"
+#include "cuda/sm90/dependent.cuh"
 
 namespace moba::cuda::sm90::backward {
 namespace {
@@ -16,7 +18,8 @@ struct Row {
   const BackwardParams& p;
   const Workspace& work;
   const Pass& pass;
-  int64_t local, row;  // unit of the lists, row of the unit
+  int local;    // unit of the lists
+  int64_t row;  // of the unit
   int lane;
   unsigned lanes;
 
@@ -36,16 +39,17 @@ struct Row {
 
   // Key tiles of the pass in the row's own block with a key that it sees.
   __device__ __forceinline__ int own_tiles() const {
-    const int64_t position = sequence_of_row(p.shape, row).position(row);
+    const int32_t position = static_cast<int32_t>(sequence_of_row(p.shape, row).position(row));
     if (position < 0) return 0;
-    return static_cast<int>(min(position % p.shape.block_size / kKeyTile + 1 - pass.tile_begin, int64_t(pass.tiles)));
+    const int32_t block_size = static_cast<int32_t>(min(p.shape.block_size, p.shape.keys));
+    return min(position % block_size / kKeyTile + 1 - pass.tile_begin, pass.tiles);
   }
 
   __device__ __forceinline__ void add_partials(float (&values)[kColumns]) const {
-    const int64_t unit_k = local / p.shape.heads_per_key_head();
-    const int64_t own_row = capacity(p.shape) + index() - unit_k * heads_rows(p.shape);
-    const T* partials = static_cast<const T*>(work.partials) + unit_k * partial_rows(p.shape) * kHeadDim;
-    const int64_t tile_stride = p.lists.units_k.count * partial_rows(p.shape) * kHeadDim;
+    const int64_t unit_k = local / work.heads;
+    const int64_t own_row = work.entries + index() - unit_k * work.rows;
+    const T* partials = static_cast<const T*>(work.partials) + unit_k * work.partial_rows * work.pass_tiles * kHeadDim +
+                        lane * kColumns;
     const int32_t* positions = p.lists.positions + index() * p.shape.slots;
     const int slots = static_cast<int>(p.shape.slots), tiles = pass.tiles, own = own_tiles();
     for (int slot0 = 0; slot0 < slots; slot0 += kLanes) {
@@ -61,8 +65,8 @@ struct Row {
           const int32_t position = __shfl_sync(lanes, looked_up, slot, kLanes);
           written[i] = first + i < count && (position >= 0 || (position == kCurrent && tile < own));
           if (written[i]) {
-            const int64_t at = tile * tile_stride + (position >= 0 ? position : own_row) * kHeadDim;
-            words[i] = __ldcs(reinterpret_cast<const uint4*>(partials + at) + lane);
+            const int64_t part = (position >= 0 ? position : own_row) * work.pass_tiles + tile;
+            words[i] = __ldcs(reinterpret_cast<const uint4*>(partials + part * kHeadDim));
           }
           if (++tile == tiles) {
             tile = 0;
@@ -86,6 +90,8 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
     queries_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ Workspace work,
                    const __grid_constant__ Pass pass, int unit_blocks) {
   constexpr int kLanes = kHeadDim / kColumns;
+  let_next_start();
+  if (blockIdx.x + 1 == gridDim.x) wait_for_earlier();  // so that this kernel ends after the splits
   const Shape& shape = p.shape;
   const int local = static_cast<int>(blockIdx.x) / unit_blocks;
   const int block = static_cast<int>(blockIdx.x) - local * unit_blocks;
@@ -111,8 +117,8 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
   transpose(words);
   if (!exists) return;
   if (!all_finite(values)) work.counters->broken = 1;
-  T* dq = unit_base<T>(p.dq, p.lists.units_k.begin * shape.heads_per_key_head() + local, shape.heads) + row * p.dq.row +
-          lane * kColumns;
+  T* dq =
+      unit_rows<T>(p.dq, p.lists.units_k.begin * work.heads + local, shape.heads) + row * p.dq.row + lane * kColumns;
   *reinterpret_cast<uint4*>(dq) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
@@ -123,8 +129,8 @@ cudaError_t launch(const BackwardParams& p, const Workspace& work, const Pass& p
   const int64_t grid = p.lists.units_k.count * p.shape.heads_per_key_head() * unit_blocks;
   if (!fits_grid(grid)) return cudaErrorInvalidValue;
   const auto kernel = reduce ? queries_kernel<T, kHeadDim, true> : queries_kernel<T, kHeadDim, false>;
-  kernel<<<static_cast<unsigned>(grid), kThreadsPerBlock, 0, stream>>>(p, work, pass, static_cast<int>(unit_blocks));
-  return cudaGetLastError();
+  return launch_dependent(kernel, {static_cast<unsigned>(grid), kThreadsPerBlock, 0}, stream, p, work, pass,
+                          static_cast<int>(unit_blocks));
 }
 
 }  // namespace

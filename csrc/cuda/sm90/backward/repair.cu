@@ -1,6 +1,7 @@
 // Gradients that are not finite, computed again. Does nothing if all are.
 #include "cuda/sm90/backward/exact.cuh"
 #include "cuda/sm90/backward/tiles.cuh"
+#include "cuda/sm90/dependent.cuh"
 
 namespace moba::cuda::sm90::backward {
 namespace {
@@ -26,6 +27,7 @@ __device__ void repair_keys(const Exact<T, kHeadDim>& exact, const Item& tile) {
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads)
     repair_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ Workspace work) {
+  wait_for_earlier();
   if (work.counters->broken == 0) return;
   using E = Exact<T, kHeadDim>;
   const E exact(p, work);
@@ -50,8 +52,7 @@ __global__ void __launch_bounds__(kThreads)
 cudaError_t launch_repair(const BackwardParams& p, const Workspace& work, int processors, Dtype dtype,
                           cudaStream_t stream) {
   const auto launch = [&](auto kernel) {
-    kernel<<<processors, kThreads, 0, stream>>>(p, work);
-    return cudaGetLastError();
+    return launch_dependent(kernel, {static_cast<unsigned>(processors), kThreads, 0}, stream, p, work);
   };
   const bool wide = p.shape.head_dim == 128;
   if (dtype == Dtype::kHalf) return wide ? launch(repair_kernel<__half, 128>) : launch(repair_kernel<__half, 64>);

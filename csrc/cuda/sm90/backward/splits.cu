@@ -1,13 +1,16 @@
 // dk and dv of the key tiles that several items share, or none: the sum of the slabs, in the order of the shares.
 #include "cuda/portable/numeric.cuh"
 #include "cuda/sm90/backward/store.cuh"
+#include "cuda/sm90/dependent.cuh"
 
 namespace moba::cuda::sm90::backward {
 namespace {
 
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kConsumerThreads)
-    splits_kernel(const __grid_constant__ BackwardParams p, Workspace work) {
+    splits_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ Workspace work) {
+  wait_for_earlier();
+  let_next_start();
   const int splits = work.counters->splits;
   for (int i = blockIdx.x; i < 2 * splits; i += gridDim.x) {
     const Item item = work.splits[i / 2];
@@ -35,8 +38,7 @@ __global__ void __launch_bounds__(kConsumerThreads)
 cudaError_t launch_splits(const BackwardParams& p, const Workspace& work, int processors, Dtype dtype,
                           cudaStream_t stream) {
   const auto launch = [&](auto kernel) {
-    kernel<<<2 * processors, kConsumerThreads, 0, stream>>>(p, work);
-    return cudaGetLastError();
+    return launch_dependent(kernel, {static_cast<unsigned>(2 * processors), kConsumerThreads, 0}, stream, p, work);
   };
   const bool wide = p.shape.head_dim == 128;
   if (dtype == Dtype::kHalf) return wide ? launch(splits_kernel<__half, 128>) : launch(splits_kernel<__half, 64>);

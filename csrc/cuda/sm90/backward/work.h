@@ -1,6 +1,8 @@
 // What the stages of the backward pass hand to each other.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/sm90/backward/backward.h"
 #include "cuda/sm90/pipeline.cuh"
 
@@ -25,6 +27,14 @@ struct Item {
   int32_t shares;        // of the key tile
 };
 
+// The rows of a unit, with a short division.
+template <class T, class Rows>
+__device__ __forceinline__ auto unit_rows(const Rows& rows, int64_t unit, int64_t heads) {
+  const uint32_t number = static_cast<uint32_t>(unit), all = static_cast<uint32_t>(heads);
+  using Element = std::conditional_t<std::is_same_v<Rows, Source>, const T, T>;
+  return static_cast<Element*>(rows.data) + number / all * rows.group + number % all * rows.head;
+}
+
 struct Counters {
   int32_t items, next, splits;
   int32_t broken;  // whether a gradient was not finite
@@ -41,13 +51,14 @@ struct Workspace {
   int32_t heads;          // per key head
   int64_t rows, entries;  // of one key head: of its heads together
   int64_t partial_rows;   // of one key head: its entries, then its rows
+  int32_t pass_tiles;     // key tiles of a block for which there are partials at a time
 
   float* lse;      // [units_k, heads per key head, rows], to base 2; infinite where a row sees nothing
   float* own_lse;  // the same, infinite also where a row did not choose its current block
   float* delta;    // sum(dout * out) - dlse
   // Columns are permuted within each 16 (sums) or 32 (partials), so that a thread's part of a product is 16 bytes.
   float* sums;     // [units_k, heads per key head, rows, head_dim]
-  void* partials;  // [pass tiles, units_k, partial_rows, head_dim], dtype of q
+  void* partials;  // [units_k, partial_rows, pass_tiles, head_dim], dtype of q
   Item* items;
   Item* splits;  // key tiles whose shares are not 1: dk and dv are the sum of the slabs from `slab` on
   float* slabs;  // [slabs, 2, kKeyTile * head_dim], in the order of the threads
@@ -64,8 +75,8 @@ constexpr int64_t block_tiles(const Shape& shape) {
 
 // Work is cut so finely that each of `processors` gets several items, the last ones smaller.
 constexpr int64_t kItemsPerProcessor = 4;
-constexpr int64_t kLastTiles = 16;    // query tiles of each processor that are cut finely
-constexpr int64_t kSmallestItem = 8;  // query tiles
+constexpr int64_t kLastTiles = 24;     // query tiles of each processor that are cut finely
+constexpr int64_t kSmallestItem = 12;  // query tiles
 constexpr int64_t max_slabs(int64_t processors) {
   return processors * (kItemsPerProcessor + kLastTiles / kSmallestItem) * 4 / 3;
 }

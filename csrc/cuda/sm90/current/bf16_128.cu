@@ -3,6 +3,7 @@
 namespace moba::cuda::sm90::current {
 
 template struct Current<__nv_bfloat16, 128, Mode::kDense>;
+template struct Current<__nv_bfloat16, 128, Mode::kMasked>;
 template struct Current<__nv_bfloat16, 128, Mode::kShort>;
 template struct Current<__nv_bfloat16, 128, Mode::kLong>;
 

@@ -7,7 +7,9 @@
 #include "cuda/sm90/current/exact.cuh"
 #include "cuda/sm90/current/merge.cuh"
 #include "cuda/sm90/current/plan.h"
+#include "cuda/sm90/current/repair.cuh"
 #include "cuda/sm90/current/rows.cuh"
+#include "cuda/sm90/current/tile.cuh"
 #include "cuda/sm90/ptx.cuh"
 #include "cuda/sm90/wgmma.cuh"
 
@@ -16,7 +18,7 @@ namespace moba::cuda::sm90::current {
 template <class T, int kHeadDim, Mode kMode>
 struct Consumer {
   using P = Plan<kHeadDim, kMode>;
-  static constexpr bool kPast = P::kPast;
+  static constexpr bool kPast = P::kPast, kMasked = P::kMasked;
   static constexpr int kScores = kKeys / 2;
   static constexpr int kKeyPanel = kKeys * kPanelRowBytes, kQueryPanel = kRows * kPanelRowBytes;
 
@@ -33,10 +35,16 @@ struct Consumer {
   Ring<P::kQuerySlots> query;
   Ring<P::kKeySlots> key, value;
   Ring<P::kStages> stage;
+  Ring<kChoices> choice;
+  uint64_t chosen[2];  // key tiles of this thread's rows
 
+  // For the warp: what its products have read may be loaded anew.
   __device__ __forceinline__ void arrive(uint64_t* barrier) {
+    __syncwarp();
     if (lane() == 0) mbarrier_arrive(shared_address(barrier));
   }
+  // Each for itself: what it has read may be written.
+  __device__ __forceinline__ void arrive_all(uint64_t* barrier) { mbarrier_arrive(shared_address(barrier)); }
 
   __device__ __forceinline__ void multiply_keys(uint32_t queries) {
     const uint64_t rows = descriptor(queries, 16);
@@ -81,27 +89,34 @@ struct Consumer {
     multiply_keys(queries());
   }
 
+  // Whether one of this thread's rows chose the key tile.
+  __device__ __forceinline__ bool sees(int half, int key) const {
+    return !kMasked || (chosen[half] >> (key / kKeys) & 1) != 0;
+  }
+  __device__ __forceinline__ float2 soften(int key, bool masked) {
+    if (masked) visible.mask(scores, key);
+    return rows.soften(scores, scale, sees(0, key), sees(1, key));
+  }
+
   // Begins with the scores of the last key tile under way.
-  __device__ __forceinline__ void attend(int first_key, int steps) {
-    const bool turns = steps >= kTurnSteps;
+  __device__ __forceinline__ void attend(KeyTiles<kMasked> tiles) {
+    const bool turns = tiles.at_least(kTurnSteps);
     wgmma_wait<0>();
     settle(scores);
     rows.clear();
     arrive(&memory.key_empty[key.slot()]);
     key.advance();
-    if (steps == 1) arrive(&memory.query_empty[query.slot()]);
-    int first = first_key + (steps - 1) * kKeys;
-    bool masked = visible.masked(first);
-    if (masked) visible.mask(scores, first);
-    rows.soften(scores, scale);
+    if (!tiles.more()) arrive_all(&memory.query_empty[query.slot()]);
+    bool masked = visible.masked(tiles.key);
+    soften(tiles.key, masked);
     pack_weights();
-    while (first > first_key) {
+    while (tiles.more()) {
       bool exactly = false;
-      if (masked) {
+      if (!kMasked && masked) {
         mbarrier_wait(shared_address(&memory.value_full[value.slot()]), value.phase());
         exactly = any_not_finite();
         if (exactly) {
-          multiply_exactly<T>(rows.out, weights, memory.values[value.slot()], visible, first);
+          multiply_exactly<T>(rows.out, weights, memory.values[value.slot()], visible, tiles.key);
         }
       }
       mbarrier_wait(shared_address(&memory.key_full[key.slot()]), key.phase());
@@ -119,11 +134,10 @@ struct Consumer {
       settle(scores);
       arrive(&memory.key_empty[key.slot()]);
       key.advance();
-      first -= kKeys;
-      if (first == first_key) arrive(&memory.query_empty[query.slot()]);
-      masked = visible.masked(first);
-      if (masked) visible.mask(scores, first);
-      const float2 shrink = rows.soften(scores, scale);
+      tiles.next();
+      if (!tiles.more()) arrive_all(&memory.query_empty[query.slot()]);
+      masked = visible.masked(tiles.key);
+      const float2 shrink = soften(tiles.key, masked);
       wgmma_wait<0>();
       settle(rows.out);
       settle(weights);
@@ -133,8 +147,8 @@ struct Consumer {
       pack_weights();
     }
     mbarrier_wait(shared_address(&memory.value_full[value.slot()]), value.phase());
-    if (masked && any_not_finite()) {
-      multiply_exactly<T>(rows.out, weights, memory.values[value.slot()], visible, first);
+    if (!kMasked && masked && any_not_finite()) {
+      multiply_exactly<T>(rows.out, weights, memory.values[value.slot()], visible, tiles.key);
     } else {
       multiply_values();
       wgmma_wait<0>();
@@ -154,6 +168,7 @@ struct Consumer {
     for (int i = 0; i < kScores; ++i) scores[i] = 0;
     const Tile* tile = &next_tile();
     if (kAhead) start(tile->steps > 0);
+    bool finite = true;
     while (tile->steps > 0) {
       visible.set(tile->position + consumer * kRows, row0, schedule.block_size);
       if constexpr (kPast) {
@@ -161,7 +176,11 @@ struct Consumer {
         visible.keep(memory.past.stages[consumer][stage.slot()].has_current, row0);
       }
       if (!kAhead) start(true);
-      attend(tile->key, tile->steps);
+      if constexpr (kMasked) {
+        attend(KeyTiles<true>(choose(row0)));
+      } else {
+        attend(KeyTiles<false>(*tile));
+      }
       query.advance();
       const Tile* next = nullptr;
       if constexpr (kAhead) {
@@ -170,10 +189,30 @@ struct Consumer {
       }
       rows.finish(scale);
       if constexpr (kPast) merge(row0);
+      if (kMasked) finite = finite && rows.finite();
       rows.template store<T>(p, *tile, consumer * kRows + row0);
       tile = kAhead ? next : &next_tile();
     }
     wgmma_wait<0>();
+    if constexpr (kMasked) {
+      if (!__all_sync(kAll, finite)) {
+        const int first_row = consumer * kRows + static_cast<int>(threadIdx.x) % kWarpgroup / 32 * 16;
+        const Repair<T, kHeadDim> repair{p, schedule, first_row, scale};
+        repair.run();
+      }
+    }
+  }
+
+  // The key tiles that any row chose.
+  __device__ __forceinline__ uint64_t choose(int row0) {
+    mbarrier_wait(shared_address(&memory.chosen.full[choice.slot()]), choice.phase());
+    const Choice& of_tile = memory.chosen.choices[choice.slot()];
+    chosen[0] = of_tile.rows[consumer * kRows + row0];
+    chosen[1] = of_tile.rows[consumer * kRows + row0 + 8];
+    const uint64_t any = of_tile.any[0] | of_tile.any[1];
+    arrive_all(&memory.chosen.empty[choice.slot()]);
+    choice.advance();
+    return any;
   }
 
   __device__ __forceinline__ void merge(int row0) {
@@ -181,8 +220,7 @@ struct Consumer {
     for (int i = 0; i < max(stages, 1); ++i) {
       mbarrier_wait(shared_address(&memory.past.full[consumer][stage.slot()]), stage.phase());
       if (stages > 0) merge_stage<T>(rows, memory.past.stages[consumer][stage.slot()], row0);
-      __syncwarp();
-      arrive(&memory.past.empty[consumer][stage.slot()]);
+      arrive_all(&memory.past.empty[consumer][stage.slot()]);
       stage.advance();
     }
   }

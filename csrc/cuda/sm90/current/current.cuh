@@ -1,8 +1,10 @@
 // The current-block kernel: see docs/kernels.md.
 #pragma once
 
+#include "cuda/sm90/current/choice.cuh"
 #include "cuda/sm90/current/consumer.cuh"
 #include "cuda/sm90/current/producer.cuh"
+#include "cuda/sm90/dependent.cuh"
 
 namespace moba::cuda::sm90::current {
 
@@ -13,13 +15,13 @@ __global__ void __launch_bounds__(Plan<kHeadDim, kMode>::kThreads, 1)
                    const __grid_constant__ Schedule schedule) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using P = Plan<kHeadDim, kMode>;
-  constexpr int kWarps = P::kConsumers * kWarpgroup / 32;
+  constexpr int kConsumers = P::kConsumers * kWarpgroup, kWarps = kConsumers / 32;
   extern __shared__ __align__(1024) unsigned char dynamic_memory[];
   auto& memory = *reinterpret_cast<typename P::Memory*>(dynamic_memory);
   if (threadIdx.x == 0) {
     for (int i = 0; i < P::kQuerySlots; ++i) {
       mbarrier_init(shared_address(&memory.query_full[i]), 1);
-      mbarrier_init(shared_address(&memory.query_empty[i]), kWarps);
+      mbarrier_init(shared_address(&memory.query_empty[i]), kConsumers);
     }
     for (int i = 0; i < P::kKeySlots; ++i) {
       mbarrier_init(shared_address(&memory.key_full[i]), 1);
@@ -30,18 +32,33 @@ __global__ void __launch_bounds__(Plan<kHeadDim, kMode>::kThreads, 1)
     if constexpr (P::kPast) {
       for (int i = 0; i < P::kConsumers * P::kStages; ++i) {
         mbarrier_init(shared_address(&memory.past.full[0][0] + i), kRows / kGatherRows * (32 + 1));
-        mbarrier_init(shared_address(&memory.past.empty[0][0] + i), kWarpgroup / 32);
+        mbarrier_init(shared_address(&memory.past.empty[0][0] + i), kWarpgroup);
+      }
+    }
+    if constexpr (P::kMasked) {
+      for (int i = 0; i < kChoices; ++i) {
+        mbarrier_init(shared_address(&memory.chosen.full[i]), P::kConsumers * 32);
+        mbarrier_init(shared_address(&memory.chosen.empty[i]), kConsumers + 1);
       }
     }
     fence_proxy_async();
   }
   __syncthreads();
+  wait_for_earlier();
+  let_next_start();
   const int warpgroup = threadIdx.x / kWarpgroup;
   if (warpgroup < P::kProducers) {
     setmaxnreg_decrease<P::kProducerRegisters>();
     if (threadIdx.x == 0) {
       Loader<kHeadDim, kMode> loader{p, schedule, &map_q, &map_k, &map_v, memory};
       loader.run();
+    }
+    if constexpr (P::kMasked) {
+      const int consumer = static_cast<int>(threadIdx.x) / 32 - 1;
+      if (consumer >= 0 && consumer < P::kConsumers) {
+        Chooser<kHeadDim> chooser{p, schedule, memory, consumer};
+        chooser.run();
+      }
     }
     if constexpr (P::kPast) {
       if (warpgroup == 1) {
@@ -66,10 +83,10 @@ cudaError_t Current<T, kHeadDim, kMode>::launch(const CurrentParams& p, const CU
   using P = Plan<kHeadDim, kMode>;
   constexpr int kBytes = sizeof(typename P::Memory);
   const auto kernel = current_kernel<T, kHeadDim, kMode>;
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  static SharedMemory shared;
+  const cudaError_t status = shared.allow(reinterpret_cast<const void*>(kernel), kBytes);
   if (status != cudaSuccess) return status;
-  kernel<<<grid, P::kThreads, kBytes, stream>>>(p, map_q, map_k, map_v, schedule);
-  return cudaGetLastError();
+  return launch_dependent(kernel, {grid, P::kThreads, kBytes}, stream, p, map_q, map_k, map_v, schedule);
 }
 
 }  // namespace moba::cuda::sm90::current

@@ -9,9 +9,15 @@
 
 namespace moba::cuda::sm90 {
 
-// Takes what sm90::accepts takes, and any block_size. Where `lists.positions` is null, every row has its current block
-// and no other; `partials` and the other lists are not read then. Rows without a visible key get 0 and minus infinity.
+// Takes what sm90::refusal lets pass, and any block_size. Where `lists.positions` is null, `partials` and the other
+// lists are not read, and every row has its current block and no other or, with a route, the blocks that it chose; what
+// can be attended to so is what query_major says. Rows without a visible key get 0 and minus infinity.
 cudaError_t launch_current(const CurrentParams& params, Dtype dtype, cudaStream_t stream);
+
+// Whether a call is attended to by queries, from a route and without lists: its sequences are so short that masked
+// scores cost less than partial results. Wants blocks of whole key tiles, and sequences of as many as a word has bits.
+// An estimate for one query, from what is the same in every batch that its sequence can be in.
+bool query_major(const Shape& shape, int64_t max_seqlen_q, int64_t max_seqlen_k);
 
 namespace current {
 
@@ -21,9 +27,14 @@ struct Schedule {
   int span;      // tiles of a segment: the queries of one block
   int segments;  // of a unit
   int together;  // segments that all CTAs work on at one time
+  bool in_order;
   int unit_begin, units;
   int heads, heads_k, heads_per_key_head;
   int rows, keys, block_size, slots;
+  // Mode::kMasked, where the schedule is that of one block as long as the sequence:
+  int chosen_size;       // of the blocks that rows choose
+  int chosen_steps;      // key tiles of such a block
+  uint64_t chosen_bits;  // as many bits
 };
 
 template <class T, int kHeadDim, Mode kMode>

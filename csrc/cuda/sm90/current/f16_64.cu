@@ -3,6 +3,7 @@
 namespace moba::cuda::sm90::current {
 
 template struct Current<__half, 64, Mode::kDense>;
+template struct Current<__half, 64, Mode::kMasked>;
 template struct Current<__half, 64, Mode::kShort>;
 template struct Current<__half, 64, Mode::kLong>;
 

@@ -10,9 +10,10 @@
 namespace moba::cuda::sm90::current {
 
 enum class Mode {
-  kDense,  // no partial results
-  kShort,  // blocks of about one key tile: shared memory is for the partial results
-  kLong,   // blocks of many: shared memory is for keys and values
+  kDense,   // no partial results
+  kMasked,  // none either: the keys of all blocks that a row chose, from the begin of the sequence
+  kShort,   // blocks of about one key tile: shared memory is for the partial results
+  kLong,    // blocks of many: shared memory is for keys and values
 };
 
 constexpr int kRows = 64;        // of a consumer
@@ -20,6 +21,8 @@ constexpr int kGatherRows = 32;  // of a stage, gathered by one warp
 constexpr int kKeys = 128;       // of one product
 // Consumers take turns at the tensor cores in tiles of so many key tiles; in shorter ones they would only wait.
 constexpr int kTurnSteps = 3;
+// kMasked: the key tiles of a sequence are the bits of a word.
+constexpr int kMaskedSteps = 64;
 
 // Named barriers, one a consumer.
 constexpr int kTurnBarrier = 1;
@@ -50,11 +53,23 @@ struct Past {
   Stage<kHeadDim> stages[kConsumers][kStages];
   uint64_t full[kConsumers][kStages], empty[kConsumers][kStages];
 };
-struct NoPast {};
+
+// The key tiles that rows chose, a bit each, counted from the first key of the sequence.
+struct Choice {
+  uint64_t rows[2 * kRows];
+  uint64_t any[2];  // of each consumer's rows, and the last key tile; none beyond it
+};
+constexpr int kChoices = 2;
+struct Choices {
+  Choice choices[kChoices];
+  uint64_t full[kChoices], empty[kChoices];
+};
+struct Nothing {};
 
 template <int kHeadDim, Mode kMode>
 struct Plan {
-  static constexpr bool kPast = kMode != Mode::kDense;
+  static constexpr bool kMasked = kMode == Mode::kMasked;
+  static constexpr bool kPast = kMode != Mode::kDense && !kMasked;
   // The producers (a warpgroup whose first thread loads by TMA and, for partial results, one whose warps gather them),
   // then consumer warpgroups of 64 queries each. All start with kStartRegisters; what the producers give up is all that
   // the consumers can get.
@@ -63,8 +78,8 @@ struct Plan {
   static constexpr int kTileRows = kConsumers * kRows;
   static constexpr int kThreads = kWarpgroup * (kProducers + kConsumers);
   static constexpr int kStartRegisters = kPast ? 128 : 168;
-  static constexpr int kProducerRegisters = !kPast ? 40 : kHeadDim == 128 ? 48 : 64;
-  static constexpr int kConsumerRegisters = !kPast ? 232 : kHeadDim == 128 ? 208 : 192;
+  static constexpr int kProducerRegisters = !kPast ? (kMasked ? 56 : 40) : kHeadDim == 128 ? 48 : 64;
+  static constexpr int kConsumerRegisters = !kPast ? (kMasked ? 224 : 232) : kHeadDim == 128 ? 208 : 192;
   static_assert(kProducers * kProducerRegisters + kConsumers * kConsumerRegisters <=
                 kStartRegisters * (kProducers + kConsumers));
 
@@ -81,7 +96,8 @@ struct Plan {
     unsigned char keys[kKeySlots][kKeyBytes];
     unsigned char values[kKeySlots][kKeyBytes];
     unsigned char queries[kQuerySlots][kConsumers][kQueryBytes];
-    std::conditional_t<kPast, Past<kHeadDim, kConsumers, kStages>, NoPast> past;
+    std::conditional_t<kPast, Past<kHeadDim, kConsumers, kStages>, Nothing> past;
+    std::conditional_t<kMasked, Choices, Nothing> chosen;
     Tile tiles[kTiles];
     uint64_t query_full[kQuerySlots], query_empty[kQuerySlots];
     uint64_t key_full[kKeySlots], key_empty[kKeySlots];

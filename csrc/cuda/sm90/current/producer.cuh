@@ -22,6 +22,7 @@ struct Loader {
 
   Ring<P::kQuerySlots> query;
   Ring<P::kKeySlots> key, value;
+  Ring<kChoices> choice;
 
   // Rows beyond those of the unit arrive as zeros.
   template <int kTileKeys>
@@ -54,8 +55,21 @@ struct Loader {
     if (bytes > 0) bulk_prefetch_l2(reinterpret_cast<const void*>(from & ~uintptr_t(15)), bytes);
   }
 
+  __device__ __forceinline__ KeyTiles<P::kMasked> key_tiles(const Tile& tile) {
+    if constexpr (P::kMasked) {
+      mbarrier_wait(shared_address(&memory.chosen.full[choice.slot()]), choice.phase());
+      const uint64_t(&any)[2] = memory.chosen.choices[choice.slot()].any;
+      const uint64_t chosen = any[0] | any[1];
+      mbarrier_arrive(shared_address(&memory.chosen.empty[choice.slot()]));
+      choice.advance();
+      return KeyTiles<true>(chosen);
+    } else {
+      return KeyTiles<false>(tile);
+    }
+  }
+
   __device__ __forceinline__ void run() {
-    for_each_tile<P::kTileRows>(p.shape, schedule, [&](const Tile& tile) {
+    for_each_tile<P>(p.shape, schedule, [&](const Tile& tile) {
       if (P::kPast) prefetch_positions(tile);
       uint64_t* full = &memory.query_full[query.slot()];
       mbarrier_wait(shared_address(&memory.query_empty[query.slot()]), query.phase() ^ 1);
@@ -67,14 +81,16 @@ struct Loader {
       }
       query.advance();
       // In the order of use: the values of a tile after the keys of the next.
-      const int head_k = head / schedule.heads_per_key_head, first = tile.key_begin + tile.key;
-      int step = tile.steps - 1;
-      load_keys(first + step * kKeys, head_k, group);
-      for (; step > 0; --step) {
-        load_keys(first + (step - 1) * kKeys, head_k, group);
-        load_values(first + step * kKeys, head_k, group);
+      const int head_k = head / schedule.heads_per_key_head;
+      load_keys(tile.key_begin + tile.key + (tile.steps - 1) * kKeys, head_k, group);
+      KeyTiles<P::kMasked> tiles = key_tiles(tile);
+      while (tiles.more()) {
+        const int before = tiles.key;
+        tiles.next();
+        load_keys(tile.key_begin + tiles.key, head_k, group);
+        load_values(tile.key_begin + before, head_k, group);
       }
-      load_values(first, head_k, group);
+      load_values(tile.key_begin + tiles.key, head_k, group);
     });
     mbarrier_wait(shared_address(&memory.query_empty[query.slot()]), query.phase() ^ 1);
     memory.tiles[query.count % P::kTiles].steps = 0;
@@ -166,7 +182,7 @@ struct Gatherer {
   }
 
   __device__ __forceinline__ void run() {
-    for_each_tile<P::kTileRows>(p.shape, schedule, [&](const Tile& tile) { gather(tile); });
+    for_each_tile<P>(p.shape, schedule, [&](const Tile& tile) { gather(tile); });
     cp_async_wait_all();
   }
 };

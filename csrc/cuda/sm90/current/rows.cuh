@@ -91,8 +91,9 @@ struct Rows {
     sum[0] = sum[1] = 0;
   }
 
-  // Scores become weights relative to the largest score so far; returns what to multiply earlier sums with.
-  __device__ __forceinline__ float2 soften(float (&scores)[kKeys / 2], float scale) {
+  // Scores become weights relative to the largest score so far; returns what to multiply earlier sums with. Weights of
+  // a row that does not see these keys become 0, if the scores are finite.
+  __device__ __forceinline__ float2 soften(float (&scores)[kKeys / 2], float scale, bool seen_a, bool seen_b) {
     float a = fmaxf(scores[0], scores[1]), b = fmaxf(scores[2], scores[3]);
 #pragma unroll
     for (int i = 4; i < kKeys / 2; i += 4) {
@@ -101,14 +102,18 @@ struct Rows {
     }
     a = fmaxf(a, __shfl_xor_sync(kAll, a, 1));
     b = fmaxf(b, __shfl_xor_sync(kAll, b, 1));
-    a = fmaxf(fmaxf(a, __shfl_xor_sync(kAll, a, 2)), largest[0]);
-    b = fmaxf(fmaxf(b, __shfl_xor_sync(kAll, b, 2)), largest[1]);
+    a = fmaxf(a, __shfl_xor_sync(kAll, a, 2));
+    b = fmaxf(b, __shfl_xor_sync(kAll, b, 2));
+    a = seen_a ? fmaxf(a, largest[0]) : largest[0];
+    b = seen_b ? fmaxf(b, largest[1]) : largest[1];
     // -inf - -inf would be NaN.
-    const float base_a = finite_base(a) * scale, base_b = finite_base(b) * scale;
+    float base_a = finite_base(a) * scale, base_b = finite_base(b) * scale;
     const float2 shrink = make_float2(exp2_approximate(fmaf(largest[0], scale, -base_a)),
                                       exp2_approximate(fmaf(largest[1], scale, -base_b)));
     largest[0] = a;
     largest[1] = b;
+    if (!seen_a) base_a = INFINITY;
+    if (!seen_b) base_b = INFINITY;
     float sum_a = 0, sum_b = 0, more_a = 0, more_b = 0;
 #pragma unroll
     for (int i = 0; i < kKeys / 2; i += 4) {
@@ -134,6 +139,17 @@ struct Rows {
       out[i + 2] *= shrink.y;
       out[i + 3] *= shrink.y;
     }
+  }
+
+  // After finish().
+  __device__ __forceinline__ bool finite() const {
+    float a = sum[0] * 0.f, b = sum[1] * 0.f;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; i += 2) {
+      a = fmaf(out[i], 0.f, a);
+      b = fmaf(out[i + 1], 0.f, b);
+    }
+    return a + b == 0.f;
   }
 
   __device__ __forceinline__ void finish(float scale) {

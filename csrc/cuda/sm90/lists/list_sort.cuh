@@ -10,8 +10,9 @@ namespace moba::cuda::sm90 {
 
 constexpr int kSortThreads = 512;  // one row each
 constexpr int kSortWords = kSortThreads / 32;
-constexpr int kGroup = 4;              // words with one count of the rows before them
-constexpr int kWindow = kSortThreads;  // blocks whose masks are in shared memory at a time
+constexpr int kGroup = 4;                            // words with one count of the rows before them
+constexpr int kMaxEach = 2;                          // blocks of a thread, where it does not look at rows
+constexpr int kMaxWindow = kMaxEach * kSortThreads;  // blocks whose masks are in shared memory at a time
 constexpr int kStagedSlots = 8;  // rows of up to so many slots are sorted in shared memory before they are written
 
 // Arguments in 32 bits.
@@ -116,6 +117,13 @@ struct Slots {
 template <>
 struct Slots<0> {};
 
+__device__ __forceinline__ void load_blocks(uint32_t (&masks)[1], const uint32_t* from) { masks[0] = *from; }
+__device__ __forceinline__ void load_blocks(uint32_t (&masks)[2], const uint32_t* from) {
+  const uint2 two = *reinterpret_cast<const uint2*>(from);
+  masks[0] = two.x;
+  masks[1] = two.y;
+}
+
 // Marks this thread's row in the masks of the blocks it chose. A slot that repeats an earlier one finds its bit set.
 __device__ __forceinline__ bool mark(const Window& window, int block) {
   const uint32_t bit = 1u << threadIdx.x % 32;
@@ -137,9 +145,9 @@ __device__ __forceinline__ void clear_masks(const Window& window, int used) {
   }
 }
 
-// kSlots: see Slots; 0: any number, looked up twice.
-template <int kSlots, bool kPlace>
-__global__ void __launch_bounds__(kSortThreads, 2)
+// kSlots: see Slots; 0: any number, looked up twice. kEach: blocks of a thread; window <= kEach * kSortThreads.
+template <int kSlots, bool kPlace, int kEach>
+__global__ void __launch_bounds__(kSortThreads, kPlace || kEach > 1 ? 2 : 3)
     sort_kernel(const __grid_constant__ PastListsParams p, const Sort sort) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   constexpr bool kStaged = kPlace && kSlots > 0 && kSlots <= kStagedSlots;
@@ -160,11 +168,11 @@ __global__ void __launch_bounds__(kSortThreads, 2)
   bool first_window = true;
   for (int begin = chunk.first_block; first_window || begin < chunk.end_block; begin += window.size) {
     const int used = max(0, min(window.size, chunk.end_block - begin));
-    if (static_cast<int>(threadIdx.x) < used) {
-      const int block = begin + static_cast<int>(threadIdx.x);
-      window.next[threadIdx.x] = kPlace ? chunk.list_begin[block] + chunk.counts[block] : 0;
+    for (int i = threadIdx.x; i < used; i += kSortThreads) {
+      window.next[i] = kPlace ? chunk.list_begin[begin + i] + chunk.counts[begin + i] : 0;
     }
-    clear_masks(window, used);
+    const int cleared = (used + kEach - 1) / kEach * kEach;
+    clear_masks(window, cleared);
     for (int row_begin = chunk.row_begin; row_begin < chunk.row_end; row_begin += kSortThreads) {
       const int row = row_begin + threadIdx.x;
       const bool exists = row < chunk.row_end;
@@ -203,25 +211,42 @@ __global__ void __launch_bounds__(kSortThreads, 2)
         }
       }
       __syncthreads();
-      int32_t rows = 0, start = 0;  // of the part and this thread's block
-      if (static_cast<int>(threadIdx.x) < used) {
+      // Of the part and this thread's blocks, which are neighbours.
+      const int own_block = threadIdx.x * kEach;
+      int32_t rows[kEach] = {}, start[kEach] = {};
+      if (own_block < used) {
 #pragma unroll 8
         for (int word = 0; word < kSortWords; ++word) {
-          if (kPlace && word % kGroup == 0) {
-            window.before[word / kGroup * window.size + threadIdx.x] = static_cast<uint16_t>(rows);
+          uint32_t masks[kEach];
+          load_blocks(masks, window.masks + word * window.size + own_block);
+#pragma unroll
+          for (int i = 0; i < kEach; ++i) {
+            if (kPlace && word % kGroup == 0) {
+              window.before[word / kGroup * window.size + own_block + i] = static_cast<uint16_t>(rows[i]);
+            }
+            rows[i] += __popc(masks[i]);
+            if (!kPlace) window.masks[word * window.size + own_block + i] = 0;
           }
-          rows += __popc(window.masks[word * window.size + threadIdx.x]);
-          if (!kPlace) window.masks[word * window.size + threadIdx.x] = 0;
         }
-        start = window.next[threadIdx.x];
-        window.next[threadIdx.x] = start + rows;
-        window.start[threadIdx.x] = start;
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+          start[i] = window.next[own_block + i];
+          window.next[own_block + i] = start[i] + rows[i];
+          window.start[own_block + i] = start[i];
+        }
       }
       if (!kPlace) continue;
       Sums total{0, 0};
       if constexpr (kStaged) {
-        const Sums sum = scan_cta<kSortWords>({rows, 0}, warps, total);
-        if (static_cast<int>(threadIdx.x) < used) window.shift[threadIdx.x] = start - (sum.entries - rows);
+        int32_t own_rows = 0;
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) own_rows += rows[i];
+        int32_t index = scan_cta<kSortWords>({own_rows, 0}, warps, total).entries - own_rows;
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+          if (own_block < used) window.shift[own_block + i] = start[i] - index;
+          index += rows[i];
+        }
       }
       __syncthreads();
       if constexpr (kSlots > 0) {
@@ -273,10 +298,10 @@ __global__ void __launch_bounds__(kSortThreads, 2)
           chunk.entries[i + window.shift[staged >> 16]] = first + (staged & 0xffff);
         }
       }
-      clear_masks(window, used);
+      clear_masks(window, cleared);
     }
     __syncthreads();
-    if (!kPlace && static_cast<int>(threadIdx.x) < used) chunk.counts[begin + threadIdx.x] = window.next[threadIdx.x];
+    for (int i = threadIdx.x; !kPlace && i < used; i += kSortThreads) chunk.counts[begin + i] = window.next[i];
     __syncthreads();
     first_window = false;
   }

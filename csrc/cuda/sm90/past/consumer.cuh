@@ -44,6 +44,7 @@ struct Consumer {
   __device__ __forceinline__ int lane() const { return threadIdx.x % 32; }
   __device__ __forceinline__ int row() const { return threadIdx.x % kWarpgroup / 32 * 16 + lane() / 4; }
 
+  // For all lanes, which are done with what it hands back: after a __syncwarp.
   __device__ __forceinline__ void arrive(uint64_t* barrier, int count = 1) {
     if (lane() == 0) mbarrier_arrive(shared_address(barrier), count);
   }
@@ -64,28 +65,42 @@ struct Consumer {
     queries.advance(P::kConsumers);
   }
 
+  // Descriptors of an operand in shared memory. From an address that the compiler knows to be the same for all lanes it
+  // makes them in uniform registers, in fewer instructions; streamed blocks were slower so.
+  struct Operand {
+    uint32_t address, stride;
+    uint64_t first;
+
+    __device__ __forceinline__ Operand(uint32_t address, uint32_t stride)
+        : address(address),
+          stride(stride),
+          first(descriptor(kResident ? __shfl_sync(0xffffffffu, address, 0) : address, stride)) {}
+    __device__ __forceinline__ uint64_t at(int bytes) const {
+      return kResident ? moved(first, bytes) : descriptor(address + bytes, stride);
+    }
+  };
+
   __device__ __forceinline__ void multiply_keys(Scores& scores, uint32_t rows, uint32_t keys) {
+    const Operand a(rows, 16), b(keys, 16);
     wgmma_fence();
-    wgmma_shared_first<T>(scores, descriptor(rows, 16), descriptor(keys, 16), 0);
+    wgmma_shared_first<T>(scores, a.at(0), b.at(0), 0);
 #pragma unroll
     for (int i = 1; i < kHeadDim / 16; ++i) {
-      wgmma_shared<T>(scores, descriptor(rows + i / 4 * kQueryPanel + i % 4 * 32, 16),
-                      descriptor(keys + i / 4 * kKeyPanel + i % 4 * 32, 16), 1);
+      wgmma_shared<T>(scores, a.at(i / 4 * kQueryPanel + i % 4 * 32), b.at(i / 4 * kKeyPanel + i % 4 * 32), 1);
     }
     wgmma_commit();
   }
 
   __device__ __forceinline__ void multiply_values(Out& out, const Weights& weights, uint32_t values, bool accumulate) {
+    const Operand b(values, kKeyPanel);
     wgmma_fence();
     if constexpr (kResident) {
-      wgmma_registers_first<T>(out, weights, descriptor(values, kKeyPanel), 0);
+      wgmma_registers_first<T>(out, weights, b.at(0), 0);
     } else {
-      wgmma_registers<T>(out, weights, descriptor(values, kKeyPanel), accumulate);
+      wgmma_registers<T>(out, weights, b.at(0), accumulate);
     }
 #pragma unroll
-    for (int i = 1; i < kKeys / 16; ++i) {
-      wgmma_registers<T>(out, weights + 4 * i, descriptor(values + i * 16 * kPanelRowBytes, kKeyPanel), 1);
-    }
+    for (int i = 1; i < kKeys / 16; ++i) wgmma_registers<T>(out, weights + 4 * i, b.at(i * 16 * kPanelRowBytes), 1);
     wgmma_commit();
   }
 
@@ -194,19 +209,23 @@ struct Consumer {
     }
   }
 
-  // Keys and values of a resident block.
-  __device__ __forceinline__ Ring<P::kKeySlots> slot_of(const Work& work) const {
-    return {work.item % P::kKeySlots, static_cast<uint32_t>(work.item / P::kKeySlots & 1)};
+  // Where keys and values are, by the barriers that tell that they are there.
+  using KeyRing = Ring<P::kFullBarriers>;
+  __device__ __forceinline__ static int slot(const KeyRing& key) { return key.slot % P::kKeySlots; }
+  // Those of a resident block.
+  __device__ __forceinline__ KeyRing ring_of(const Work& work) const {
+    return {work.item % P::kFullBarriers, static_cast<uint32_t>(work.item / P::kFullBarriers & 1)};
   }
 
   // Scores of the queries in the slot and the keys in `key`.
-  __device__ __forceinline__ void start_scores(Scores& scores, const Ring<P::kKeySlots>& key) {
+  __device__ __forceinline__ void start_scores(Scores& scores, const KeyRing& key) {
     mbarrier_wait(shared_address(&memory.key_full[key.slot]), key.phase);
-    multiply_keys(scores, shared_address(memory.queries[queries.slot]), shared_address(memory.keys[key.slot]));
+    multiply_keys(scores, shared_address(memory.queries[queries.slot]), shared_address(memory.keys[slot(key)]));
   }
-  __device__ __forceinline__ void end_scores(Scores& scores, const Ring<P::kKeySlots>& key, int releases, bool last) {
+  __device__ __forceinline__ void end_scores(Scores& scores, const KeyRing& key, int releases, bool last) {
     settle(scores);
-    if (releases) arrive(&memory.key_empty[key.slot], releases);
+    __syncwarp();
+    if (releases) arrive(&memory.key_empty[slot(key)], releases);
     if (last) {
       release_queries();
       if (schedule.last_keys < kKeys) mask(scores, schedule.last_keys);
@@ -220,8 +239,8 @@ struct Consumer {
     if (work.item < 0) return;
     const int steps = kResident ? 1 : schedule.steps;
     int step = 0;  // of the key tile whose weights wait for their product
-    Ring<P::kKeySlots> key;
-    if (kResident) key = slot_of(work);
+    KeyRing key;
+    if (kResident) key = ring_of(work);
     Softmax softmax;
     Out out;
     Weights weights;
@@ -240,16 +259,16 @@ struct Consumer {
         next = take_tile();
         if (next.item < 0) break;
       }
-      Ring<P::kKeySlots> after = key;
+      KeyRing after = key;
       if (kResident) {
-        after = slot_of(next);
+        after = ring_of(next);
       } else {
         after.advance();
       }
       Scores scores;
       start_scores(scores, after);
       mbarrier_wait(shared_address(&memory.value_full[key.slot]), key.phase);
-      multiply_values(out, weights, shared_address(memory.values[key.slot]), step > 0);
+      multiply_values(out, weights, shared_address(memory.values[slot(key)]), step > 0);
       wgmma_wait<1>();
       const int next_step = last ? 0 : step + 1;
       end_scores(scores, after, kResident ? next.releases : 1, kResident || next_step + 1 == steps);
@@ -258,7 +277,8 @@ struct Consumer {
       wgmma_wait<0>();
       settle(out);
       settle(weights);
-      if (!kResident || work.releases) arrive(&memory.value_empty[key.slot], kResident ? work.releases : 1);
+      __syncwarp();
+      if (!kResident || work.releases) arrive(&memory.value_empty[slot(key)], kResident ? work.releases : 1);
       if (last) {
         store(out, before, work);
       } else {
@@ -270,7 +290,7 @@ struct Consumer {
       step = next_step;
     }
     mbarrier_wait(shared_address(&memory.value_full[key.slot]), key.phase);
-    multiply_values(out, weights, shared_address(memory.values[key.slot]), step > 0);
+    multiply_values(out, weights, shared_address(memory.values[slot(key)]), step > 0);
     wgmma_wait<0>();
     settle(out);
     store(out, softmax, work);

@@ -14,7 +14,8 @@ namespace {
 // half run at lower speed).
 constexpr int64_t kPassBytes = int64_t(20) << 20;
 constexpr int64_t kMaxPassUnits = 64;
-constexpr int kLastShares = 4;  // in the last pass, for one in the others
+// In tiles, for what shares get down to in the last pass: a share of a resident block loads it for so few.
+constexpr int64_t kLeastResident = 3, kLeastStreamed = 2;
 
 Extent keys_of(const Shape& shape) { return {shape.groups, shape.heads_k, shape.keys, shape.head_dim}; }
 
@@ -45,18 +46,24 @@ cudaError_t launch_past(const PastParams& p, Dtype dtype, cudaStream_t stream) {
   const int64_t unit_bytes = (shape.rows * shape.heads_per_key_head() + 2 * shape.keys) * shape.head_dim * 2;
   const int64_t pass_units = std::min<int64_t>(std::max<int64_t>(1, kPassBytes / unit_bytes), kMaxPassUnits);
   const int64_t passes = (p.lists.units_k.count + pass_units - 1) / pass_units;
-  if (passes * processors > INT32_MAX / 16) return cudaErrorInvalidValue;
+  if (passes * processors > INT32_MAX / 64) return cudaErrorInvalidValue;
   if (shape.blocks() < 2) return cudaSuccess;  // no past, and no room for tickets
   return with_kernel(shape, dtype, [&](auto past, int keys) {
     const int steps = static_cast<int>((shape.block_size + keys - 1) / keys);
-    // Shorter ones would cut the pairs of tiles of streamed blocks too often.
-    const int shares = processors * (steps == 1 ? 2 : 1);
+    // Shorter ones would load resident blocks for too few tiles, or cut the pairs of tiles of streamed ones too often.
+    const int64_t tiles = pass_units * capacity(shape) / kListTile / processors;  // of a CTA in a pass, at most
+    const int64_t each = steps == 1 ? std::clamp<int64_t>(tiles / 8, 2, 4) : std::clamp<int64_t>(tiles / 16, 1, 2);
+    const int shares = processors * static_cast<int>(each);
+    const int64_t last_units = p.lists.units_k.count - (passes - 1) * pass_units;
+    const int64_t last_tiles = std::min<int64_t>(last_units * capacity(shape) / kListTile, INT32_MAX);
+    int levels = 1;
+    while ((last_tiles >> levels) >= shares * (steps == 1 ? kLeastResident : kLeastStreamed)) ++levels;
     const Schedule schedule{
         .tickets = p.lists.counts,
         .pass_units = static_cast<int>(pass_units),
         .passes = static_cast<int>(passes),
         .pass_shares = shares,
-        .last_shares = shares * kLastShares,
+        .last_levels = levels,
         .blocks = static_cast<int>(shape.blocks()),
         .heads_k = static_cast<int>(shape.heads_k),
         .group = static_cast<int>(shape.heads_per_key_head()),

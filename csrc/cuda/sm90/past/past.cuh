@@ -33,10 +33,12 @@ __global__ void __launch_bounds__(Plan<kHeadDim, kKeys, kResident>::kThreads, 1)
       mbarrier_init(shared_address(&memory.query_empty[i]), 4);
     }
     for (int i = 0; i < P::kKeySlots; ++i) {
-      mbarrier_init(shared_address(&memory.key_full[i]), 1);
       mbarrier_init(shared_address(&memory.key_empty[i]), 4 * P::kConsumers);
-      mbarrier_init(shared_address(&memory.value_full[i]), 1);
       mbarrier_init(shared_address(&memory.value_empty[i]), 4 * P::kConsumers);
+    }
+    for (int i = 0; i < P::kFullBarriers; ++i) {
+      mbarrier_init(shared_address(&memory.key_full[i]), 1);
+      mbarrier_init(shared_address(&memory.value_full[i]), 1);
     }
     fence_proxy_async();
   }

@@ -39,6 +39,9 @@ struct Plan {
   static constexpr int kKeyBytes = kKeys * kHeadDim * 2;
   static constexpr int kQuerySlots = kHeadDim == 128 ? 4 : 8;
   static constexpr int kKeySlots = kKeyBytes == 32 * 1024 ? 2 : 4;
+  // A consumer without a tile of a resident block skips the block. Its wait for the next one in that slot must not pass
+  // because of the one before, so there are twice as many barriers as slots.
+  static constexpr int kFullBarriers = kResident ? 2 * kKeySlots : kKeySlots;
   static constexpr int kTileSlots = 8;
   static constexpr int kShareSlots = 4;
 
@@ -52,8 +55,8 @@ struct Plan {
     uint64_t share_full[kShareSlots], share_empty[kShareSlots];
     uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
     uint64_t query_full[kQuerySlots], query_empty[kQuerySlots];
-    uint64_t key_full[kKeySlots], key_empty[kKeySlots];
-    uint64_t value_full[kKeySlots], value_empty[kKeySlots];
+    uint64_t key_full[kFullBarriers], key_empty[kKeySlots];
+    uint64_t value_full[kFullBarriers], value_empty[kKeySlots];
   };
   static_assert(sizeof(Memory) <= 232448, "227 KiB of shared memory");
 };

@@ -48,11 +48,12 @@ struct Producer {
     ring.advance();
   }
 
-  // The next share, or -1; warp 1 learns of it too.
-  __device__ __forceinline__ int take_share(Ring<P::kShareSlots>& ring) {
+  // The next share, or -1; warp 1 learns of it too. The first ones need no ticket.
+  __device__ __forceinline__ int take_share(Ring<P::kShareSlots>& ring, bool first) {
     int share = 0;
     if (lane() == 0) {
-      share = atomicAdd(schedule.tickets, 1);
+      share = blockIdx.x;
+      if (!first) share = gridDim.x + atomicAdd(schedule.tickets, 1);
       if (share >= schedule.shares()) {
         share = -1;
         const unsigned ended = atomicInc(reinterpret_cast<unsigned*>(schedule.tickets + 1), gridDim.x - 1);
@@ -66,19 +67,21 @@ struct Producer {
     return __shfl_sync(0xffffffffu, share, 0);
   }
   __device__ __forceinline__ int next_share(Ring<P::kShareSlots>& ring) {
-    mbarrier_wait(shared_address(&memory.share_full[ring.slot]), ring.phase);
-    const int share = memory.shares[ring.slot];
-    __syncwarp();
-    if (lane() == 0) mbarrier_arrive(shared_address(&memory.share_empty[ring.slot]));
+    int share = 0;
+    if (lane() == 0) {
+      mbarrier_wait(shared_address(&memory.share_full[ring.slot]), ring.phase);
+      share = memory.shares[ring.slot];
+      mbarrier_arrive(shared_address(&memory.share_empty[ring.slot]));
+    }
     ring.advance();
-    return share;
+    return __shfl_sync(0xffffffffu, share, 0);
   }
 
   __device__ __forceinline__ void push_tiles() {
     Ring<P::kShareSlots> shares;
     Ring<P::kTileSlots> ring;
     int number = 0;
-    for (int share; (share = take_share(shares)) >= 0;) {
+    for (int share = take_share(shares, true); share >= 0; share = take_share(shares, false)) {
       for_each_part<kTogether>(p, schedule, share, [&](int local, const UnitLists& lists, int tile, int end) {
         const int64_t unit_first = local * capacity(p.shape);
         const uint32_t* entries = p.lists.entries + unit_first;
@@ -140,7 +143,7 @@ struct Producer {
       const Tile& tile = memory.tiles[ring.slot];
       const uint32_t full = shared_address(&memory.query_full[query.slot]);
       mbarrier_wait(shared_address(&memory.tile_full[ring.slot]), ring.phase);
-      if (tile.item >= 0) {
+      if (tile.count > 0) {
         uint32_t entries[kEach];
 #pragma unroll
         for (int i = 0; i < kEach; i += 4) {
@@ -169,7 +172,7 @@ struct Producer {
         }
       } else {
         mbarrier_wait(shared_address(&memory.query_empty[query.slot]), query.phase ^ 1);
-        ++stops;
+        if (tile.item < 0) ++stops;
       }
       cp_async_mbarrier_arrive(full);
     }
@@ -179,6 +182,7 @@ struct Producer {
   __device__ __forceinline__ void load_keys_and_values() {
     Ring<P::kShareSlots> shares;
     Ring<P::kKeySlots> ring;
+    Ring<P::kFullBarriers> full;
     const Sequences sequences(p.shape);
     for (int share; (share = next_share(shares)) >= 0;) {
       for_each_part<kTogether>(p, schedule, share, [&](int local, const UnitLists& lists, int tile, int end) {
@@ -188,8 +192,10 @@ struct Producer {
           const int begin = sequences.first_key(item.block);
           const int visits = kResident ? 1 : (item.tiles + P::kConsumers - 1) / P::kConsumers;
           for (int visit = 0; visit < visits; ++visit) {
-            for (int step = 0; step < (kResident ? 1 : schedule.steps); ++step, ring.advance()) {
-              load_step(ring, begin + step * kKeys, kResident || step + 1 == schedule.steps, head, group);
+            for (int step = 0; step < (kResident ? 1 : schedule.steps); ++step) {
+              load_step(ring, full.slot, begin + step * kKeys, kResident || step + 1 == schedule.steps, head, group);
+              ring.advance();
+              full.advance();
             }
           }
         });
@@ -197,16 +203,16 @@ struct Producer {
     }
   }
 
-  __device__ __forceinline__ void load_step(const Ring<P::kKeySlots>& ring, int key_begin, bool last, int head,
-                                            int group) {
+  __device__ __forceinline__ void load_step(const Ring<P::kKeySlots>& ring, int full, int key_begin, bool last,
+                                            int head, int group) {
     mbarrier_wait(shared_address(&memory.key_empty[ring.slot]), ring.phase ^ 1);
     if (lane() == 0) {
-      load(map_k, memory.keys[ring.slot], &memory.key_full[ring.slot], P::kKeyBytes, key_begin, head, group);
+      load(map_k, memory.keys[ring.slot], &memory.key_full[full], P::kKeyBytes, key_begin, head, group);
     }
     mbarrier_wait(shared_address(&memory.value_empty[ring.slot]), ring.phase ^ 1);
     if (last && schedule.last_keys < kKeys) clear_values(memory.values[ring.slot]);
     if (lane() == 0) {
-      load(last ? map_last_v : map_v, memory.values[ring.slot], &memory.value_full[ring.slot],
+      load(last ? map_last_v : map_v, memory.values[ring.slot], &memory.value_full[full],
            (last ? schedule.last_keys : kKeys) * kHeadDim * 2, key_begin, head, group);
     }
     __syncwarp();

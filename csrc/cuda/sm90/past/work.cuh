@@ -49,16 +49,19 @@ struct UnitLists {
 // Schedule.
 template <int kTogether, class F>
 __device__ __forceinline__ void for_each_part(const PastParams& p, const Schedule& schedule, int share, F f) {
-  const int pass = min(share / schedule.pass_shares, schedule.passes - 1);
-  const int shares = pass + 1 < schedule.passes ? schedule.pass_shares : schedule.last_shares;
-  share -= pass * schedule.pass_shares;
+  const int turn = share / schedule.pass_shares, number = share % schedule.pass_shares;
+  const int pass = min(turn, schedule.passes - 1), level = turn - pass;
   const int units = static_cast<int>(p.lists.units_k.count), first = pass * schedule.pass_units;
   const int end = min(first + schedule.pass_units, units);
   int total = 0;
 #pragma unroll 4
   for (int local = first; local < end; ++local) total += UnitLists(p, schedule, local).tiles();
-  const int each = total / shares, more = total % shares;
-  int from = share * each + min(share, more), to = from + each + (share < more);
+  const int levels = pass + 1 < schedule.passes ? 1 : schedule.last_levels;
+  const int begin_level = total - (total >> level),
+            end_level = level + 1 < levels ? total - (total >> (level + 1)) : total;
+  const int each = (end_level - begin_level) / schedule.pass_shares;
+  const int more = (end_level - begin_level) % schedule.pass_shares;
+  int from = begin_level + number * each + min(number, more), to = from + each + (number < more);
   for (int local = first; local < end && to > 0; ++local) {
     const UnitLists lists(p, schedule, local);
     const int tiles = lists.tiles();

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cuda/portable/unit.cuh"
+#include "cuda/sm90/dependent.cuh"
 #include "cuda/sm90/route/route.h"
 
 namespace moba::cuda::sm90 {
@@ -21,6 +22,8 @@ struct alignas(16) Part {
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1)
     block_means_kernel(const __grid_constant__ MeansParams p, int blocks, int warps, int64_t total) {
+  wait_for_earlier();
+  let_next_start();
   constexpr int kParts = kHeadDim / kColumns, kRows = 32 / kParts;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32 / warps) + warp / warps;
@@ -77,9 +80,8 @@ cudaError_t launch(const MeansParams& p, cudaStream_t stream) {
   const int64_t total = p.shape.units_k() * p.shape.blocks(), at_once = cta_warps / warps;
   const int64_t grid = (total + at_once - 1) / at_once;
   if (!fits_grid(grid) || p.shape.blocks() > INT32_MAX) return cudaErrorInvalidValue;
-  block_means_kernel<T, kHeadDim>
-      <<<static_cast<unsigned>(grid), cta_warps * 32, 0, stream>>>(p, static_cast<int>(p.shape.blocks()), warps, total);
-  return cudaGetLastError();
+  return launch_dependent(block_means_kernel<T, kHeadDim>, {static_cast<unsigned>(grid), cta_warps * 32, 0}, stream, p,
+                          static_cast<int>(p.shape.blocks()), warps, total);
 }
 
 }  // namespace

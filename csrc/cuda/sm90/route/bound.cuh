@@ -71,11 +71,13 @@ __device__ __forceinline__ void sort(uint32_t (&x)[kCount]) {
 // The largest kCount of two descending lists: those of this lane and of lane ^ offset. Bitonic.
 template <int kCount>
 __device__ __forceinline__ void take_larger(uint32_t (&x)[kCount], int offset) {
-  uint32_t other[kCount];
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) other[i] = __shfl_xor_sync(0xffffffffu, x[i], offset);
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) x[i] = larger(x[i], other[kCount - 1 - i]);
+  for (int i = 0; i < kCount / 2; ++i) {
+    const uint32_t low = __shfl_xor_sync(0xffffffffu, x[i], offset);
+    const uint32_t high = __shfl_xor_sync(0xffffffffu, x[kCount - 1 - i], offset);
+    x[i] = larger(x[i], high);
+    x[kCount - 1 - i] = larger(x[kCount - 1 - i], low);
+  }
 }
 
 // The count-th largest of the pairs that four lanes hold, 8 each; count <= kKept.

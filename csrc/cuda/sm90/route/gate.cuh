@@ -1,9 +1,10 @@
-// Gate scores on the tensor cores and the best blocks of every query: one producer warp loads queries and block means
-// by TMA; each consumer warpgroup multiplies 64 queries with 128 means at a time, from the latest block down, and keeps
-// the best of them (select.cuh). While one consumer selects, the other multiplies.
+// Gate scores on the tensor cores and the best blocks of every query: one producer thread loads queries and block means
+// by TMA; each consumer warpgroup multiplies 64 queries, in registers, with 128 means at a time, from the latest block
+// down, and keeps the best of them (select.cuh).
 #pragma once
 
 #include "cuda/portable/unit.cuh"
+#include "cuda/sm90/dependent.cuh"
 #include "cuda/sm90/pipeline.cuh"
 #include "cuda/sm90/route/gate.h"
 #include "cuda/sm90/route/select.cuh"
@@ -21,13 +22,14 @@ struct GateProducer {
   const CUtensorMap* map_means;
   typename P::Memory& memory;
 
-  Ring<P::kQueryStages> query;
-  Ring<P::kStages> mean;
+  Ring<P::kSlots> mean;
+  uint32_t query_phase = 0;
 
-  __device__ __forceinline__ void load_queries(int consumer, const GateTile& tile, int row, int head, int group) {
-    const uint32_t full = shared_address(&memory.query_full[query.slot][consumer]);
-    mbarrier_wait(shared_address(&memory.query_empty[query.slot][consumer]), query.phase ^ 1);
-    memory.tiles[query.slot][consumer] = tile;
+  __device__ __forceinline__ void load_queries(int consumer, GateTile tile, int row, int head, int group) {
+    const uint32_t full = shared_address(&memory.query_full[consumer]);
+    mbarrier_wait(shared_address(&memory.query_empty[consumer]), query_phase ^ 1);
+    tile.phase = query_phase ^ 1;
+    memory.tiles[consumer] = tile;
     if (tile.rows <= 0 || tile.steps <= 0) {
       mbarrier_arrive(full);
       return;
@@ -35,21 +37,20 @@ struct GateProducer {
     mbarrier_arrive_expect_tx(full, P::kQueryBytes);
 #pragma unroll
     for (int panel = 0; panel < P::kPanels; ++panel) {
-      tma_load_4d(shared_address(memory.queries[query.slot][consumer]) + panel * (kGateQueries * kPanelRowBytes), map_q,
-                  full, panel * kPanelColumns, row, head, group);
+      tma_load_4d(shared_address(memory.queries[consumer]) + panel * (kGateQueries * kPanelRowBytes), map_q, full,
+                  panel * kPanelColumns, row, head, group);
     }
   }
 
   __device__ __forceinline__ void load_means(int row) {
-    const uint32_t full = shared_address(&memory.mean_full[mean.slot]);
-    mbarrier_wait(shared_address(&memory.mean_empty[mean.slot]), mean.phase ^ 1);
-    mbarrier_arrive_expect_tx(full, P::kMeanBytes);
 #pragma unroll
     for (int panel = 0; panel < P::kPanels; ++panel) {
-      tma_load_4d(shared_address(memory.means[mean.slot]) + panel * (kGateMeans * kPanelRowBytes), map_means, full,
-                  panel * kPanelColumns, row, 0, 0);
+      const uint32_t full = shared_address(&memory.mean_full[mean.slot]);
+      mbarrier_wait(shared_address(&memory.mean_empty[mean.slot]), mean.phase ^ 1);
+      mbarrier_arrive_expect_tx(full, P::kSlotBytes);
+      tma_load_4d(shared_address(memory.slots[mean.slot]), map_means, full, panel * kPanelColumns, row, 0, 0);
+      mean.advance();
     }
-    mean.advance();
   }
 
   // One thread.
@@ -76,16 +77,23 @@ struct GateProducer {
 #pragma unroll 1
       for (int consumer = 0; consumer < P::kConsumers; ++consumer) {
         const int skipped = consumer * kGateQueries;
-        const GateTile tile{route + skipped * p.route.row, rows - skipped, position + skipped, steps};
+        const GateTile tile{route + skipped * p.route.row, rows - skipped, position + skipped, steps, 0};
         load_queries(consumer, tile, row + skipped, head, group);
       }
-      query.advance();
+      query_phase ^= 1;
       const int first = schedule.heads_per_key_head.divide(unit) * schedule.blocks + first_block;
       for (int step = steps - 1; step >= 0; --step) load_means(first + step * kGateMeans);
     }
-    for (int consumer = 0; consumer < P::kConsumers; ++consumer) load_queries(consumer, {0, 0, 0, -1}, 0, 0, 0);
+    for (int consumer = 0; consumer < P::kConsumers; ++consumer) load_queries(consumer, {0, 0, 0, -1, 0}, 0, 0, 0);
   }
 };
+
+// Read anew where it is needed, for want of registers.
+__device__ __forceinline__ int consumer_of_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread / kWarpgroup;
+}
 
 template <class T, int kHeadDim, int kKept>
 struct GateConsumer {
@@ -95,86 +103,141 @@ struct GateConsumer {
   const GateSchedule& schedule;
   typename P::Memory& memory;
 
+  uint32_t queries[kHeadDim / 16][4];
   float scores[64];
-  Ring<P::kQueryStages> query;
-  Ring<P::kStages> mean;
+  Ring<P::kSlots> mean;
 
+  __device__ __forceinline__ typename P::Warp& warp() { return memory.warps[threadIdx.x / 32]; }
+
+  // For all lanes of the warp.
   __device__ __forceinline__ void arrive(uint64_t* barrier) {
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(barrier));
+    __syncwarp();
+    if (lane_of_warp() == 0) mbarrier_arrive(shared_address(barrier));
   }
 
-  __device__ __forceinline__ void multiply(uint32_t queries, uint32_t means) {
-    wgmma_fence();
+  // Takes the next tile's queries to registers; returns its steps.
+  __device__ __forceinline__ int take_queries(int first_row) {
+    const int consumer = consumer_of_thread(), lane = lane_of_warp();
+    mbarrier_wait(shared_address(&memory.query_full[consumer]), warp().tile.phase);
+    __syncwarp();
+    if (lane == 0) warp().tile = memory.tiles[consumer];
+    const uint32_t from = shared_address(memory.queries[consumer]);
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 16; ++i) {
-      wgmma_shared<T>(scores, descriptor(queries + i / 4 * (kGateQueries * kPanelRowBytes) + i % 4 * 32, 16),
-                      descriptor(means + i / 4 * (kGateMeans * kPanelRowBytes) + i % 4 * 32, 16), i > 0);
+    for (int k = 0; k < kHeadDim / 16; ++k) {
+      load_matrices(queries[k], from + k / 4 * (kGateQueries * kPanelRowBytes) +
+                                    swizzled(first_row + lane % 16, k % 4 * 2 + lane / 16));
+    }
+    arrive(&memory.query_empty[consumer]);
+    return warp().tile.steps;
+  }
+
+  // The blocks before the current ones of this lane's rows; 0 for rows that do not exist.
+  __device__ __forceinline__ void current_blocks(int first_row, int (&current)[2]) {
+    const GateTile& tile = warp().tile;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + lane_of_warp() / 4 + 8 * half, position = tile.position + row;
+      current[half] = row >= tile.rows ? 0 : position < 0 ? -1 : schedule.block_size.divide(position);
+    }
+  }
+
+  // Where consumers multiply in turns, one multiplies while the other selects.
+  __device__ __forceinline__ void begin_turn() { named_barrier_sync(1 + consumer_of_thread(), 2 * kWarpgroup); }
+  __device__ __forceinline__ void end_turn() {
+    const int next = consumer_of_thread() + 1;
+    named_barrier_arrive(next < P::kConsumers ? 1 + next : 1, 2 * kWarpgroup);
+  }
+
+  __device__ __forceinline__ void multiply() {
+    uint32_t means[P::kPanels];
+    Ring<P::kSlots> place = mean;
+#pragma unroll
+    for (int panel = 0; panel < P::kPanels; ++panel) {
+      means[panel] = shared_address(memory.slots[place.slot]);
+      mbarrier_wait(shared_address(&memory.mean_full[place.slot]), place.phase);
+      place.advance();
+    }
+    if (P::kTurns) begin_turn();
+    wgmma_fence();
+    constexpr int kProducts = kHeadDim / 16;
+#pragma unroll
+    for (int k = 0; k < kProducts; ++k) {
+      wgmma_registers_rows<T>(scores, queries[k], descriptor(means[k / 4] + k % 4 * 32, 16), k > 0);
+      // The next consumer's products follow the last quarter of these without a gap.
+      if (P::kTurns && k == kProducts - kProducts / 4 - 1) wgmma_commit();
     }
     wgmma_commit();
+    if (P::kTurns) {
+      wgmma_wait<1>();
+      end_turn();
+    }
     wgmma_wait<0>();
     settle(scores);
+#pragma unroll
+    for (int panel = 0; panel < P::kPanels; ++panel) {
+      arrive(&memory.mean_empty[mean.slot]);
+      mean.advance();
+    }
   }
 
-  // Blocks from `current` on are no candidates, all before `fewest` are, and nobody looks at parts from `most` on;
-  // counted from the first column of the step.
-  __device__ __forceinline__ void mask(int current0, int current1, int fewest, int most) {
+  // Blocks from the current ones on are no candidates. `begin`: the first block of the step; nobody looks at parts from
+  // block `end` on, and rows of a warp lie in two neighbouring blocks at most.
+  __device__ __forceinline__ void mask(int first_row, int begin, int end) {
     constexpr int kAtOnce = P::kPartGroups;
+    const int pair = lane_of_warp() % 4 * 2;
+    int current[2];
+    current_blocks(first_row, current);
 #pragma unroll
     for (int first = 0; first < kGateGroups; first += kAtOnce) {
-      if (8 * (first + kAtOnce) <= fewest || 8 * first >= most) continue;
+      if (begin + 8 * (first + kAtOnce) < end || begin + 8 * first >= end) continue;
 #pragma unroll
       for (int i = first; i < first + kAtOnce; ++i) {
-        const int column = 8 * i + threadIdx.x % 4 * 2;
-        if (column >= current0) scores[4 * i] = NAN;
-        if (column + 1 >= current0) scores[4 * i + 1] = NAN;
-        if (column >= current1) scores[4 * i + 2] = NAN;
-        if (column + 1 >= current1) scores[4 * i + 3] = NAN;
+        const int block = begin + 8 * i + pair;
+        if (block >= current[0]) scores[4 * i] = NAN;
+        if (block + 1 >= current[0]) scores[4 * i + 1] = NAN;
+        if (block >= current[1]) scores[4 * i + 2] = NAN;
+        if (block + 1 >= current[1]) scores[4 * i + 3] = NAN;
       }
     }
   }
 
   __device__ __forceinline__ void run() {
-    const int consumer = threadIdx.x / 128, lane = threadIdx.x % 32;
-    const int first_row = threadIdx.x % 128 / 32 * 16;  // of the warp
-    GateSelection<kHeadDim, kKept> selection(memory.warps[threadIdx.x / 32], static_cast<int>(p.shape.slots) - 1);
+    const int first_row = threadIdx.x % kWarpgroup / 32 * 16;  // of the warp
+    GateSelection<kHeadDim, kKept> selection(warp(), static_cast<int>(p.shape.slots) - 1);
 #pragma unroll
     for (int i = 0; i < 64; ++i) scores[i] = 0;
-    for (;; query.advance()) {
-      mbarrier_wait(shared_address(&memory.query_full[query.slot][consumer]), query.phase);
-      const GateTile tile = memory.tiles[query.slot][consumer];
-      if (tile.steps < 0) return;
-      const auto current_of = [&](int row) {
-        const int position = tile.position + row;
-        return position < 0 ? -1 : schedule.block_size.divide(position);
-      };
-      const int row0 = first_row + lane / 4, row1 = row0 + 8;
-      const int current0 = row0 < tile.rows ? current_of(row0) : 0, current1 = row1 < tile.rows ? current_of(row1) : 0;
-      // Of the whole tile, and of this warp.
-      const int tile_blocks = tile.rows > 0 ? current_of(min(tile.rows, kGateQueries) - 1) : 0;
-      const int warp_blocks = __reduce_max_sync(0xffffffffu, max(current0, current1));
-      const int fewest = current_of(first_row);
-      selection.begin(current0 > 0, current1 > 0);
-      for (int step = tile.steps - 1; step >= 0; --step) {
+    if (lane_of_warp() == 0) warp().tile.phase = 0;
+    __syncwarp();
+    if (P::kTurns && consumer_of_thread() == P::kConsumers - 1) end_turn();
+    for (;;) {
+      int step = take_queries(first_row) - 1;
+      if (step < -1) break;
+      int current[2];
+      current_blocks(first_row, current);
+      selection.begin(current[0] > 0, current[1] > 0);
+      const int end = __reduce_max_sync(0xffffffffu, max(current[0], current[1]));
+#pragma unroll 1
+      for (; step >= 0; --step) {
+        multiply();
         const int begin = step * kGateMeans;
-        mbarrier_wait(shared_address(&memory.mean_full[mean.slot]), mean.phase);
-        if (begin < tile_blocks) {
-          multiply(shared_address(memory.queries[query.slot][consumer]), shared_address(memory.means[mean.slot]));
-        }
-        arrive(&memory.mean_empty[mean.slot]);
-        if (step == 0) arrive(&memory.query_empty[query.slot][consumer]);
-        mean.advance();
-        if (begin < warp_blocks) {
-          if (begin + kGateMeans > fewest)
-            mask(current0 - begin, current1 - begin, fewest - begin, warp_blocks - begin);
-          selection.take(scores, step, warp_blocks - begin);
-        }
+        if (begin >= end) continue;
+        if (begin + kGateMeans >= end) mask(first_row, begin, end);
+        selection.take(scores, step, end);
       }
-      if (tile.steps == 0) arrive(&memory.query_empty[query.slot][consumer]);
+      current_blocks(first_row, current);
+      const GateTile& tile = warp().tile;
       int32_t* route = static_cast<int32_t*>(p.route.data) + tile.route;
-      int32_t* const routes[2] = {row0 < tile.rows ? route + row0 * p.route.row : nullptr,
-                                  row1 < tile.rows ? route + row1 * p.route.row : nullptr};
-      selection.write({current0, current1}, routes);
+      int32_t* routes[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = first_row + lane_of_warp() / 4 + 8 * half;
+        routes[half] = row < tile.rows ? route + row * p.route.row : nullptr;
+      }
+      selection.finish(current, routes);
+      __syncwarp();
     }
+    // The turn that nobody takes.
+    if (P::kTurns && consumer_of_thread() == 0) begin_turn();
   }
 };
 
@@ -187,17 +250,19 @@ __global__ void __launch_bounds__(GatePlan<kHeadDim, kKept>::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char dynamic_memory[];
   auto& memory = *reinterpret_cast<typename P::Memory*>(dynamic_memory);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < P::kQueryStages * P::kConsumers; ++i) {
-      mbarrier_init(shared_address(&memory.query_full[0][i]), 1);
-      mbarrier_init(shared_address(&memory.query_empty[0][i]), 4);
-    }
-    for (int i = 0; i < P::kStages; ++i) {
+    for (int i = 0; i < P::kSlots; ++i) {
       mbarrier_init(shared_address(&memory.mean_full[i]), 1);
       mbarrier_init(shared_address(&memory.mean_empty[i]), 4 * P::kConsumers);
+    }
+    for (int i = 0; i < P::kConsumers; ++i) {
+      mbarrier_init(shared_address(&memory.query_full[i]), 1);
+      mbarrier_init(shared_address(&memory.query_empty[i]), 4);
     }
     fence_proxy_async();
   }
   __syncthreads();
+  wait_for_earlier();
+  let_next_start();
   if (threadIdx.x >= P::kConsumers * 128) {
     setmaxnreg_decrease<P::kProducerRegisters>();
     if (threadIdx.x != P::kConsumers * 128) return;
@@ -233,8 +298,7 @@ cudaError_t Gate<T, kHeadDim, kKept>::launch(const GateParams& p, const CUtensor
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
   const unsigned grid = min(max_grid, static_cast<unsigned>(tiles * shape.units()));
-  kernel<<<grid, P::kThreads, kBytes, stream>>>(p, map_q, map_means, schedule);
-  return cudaGetLastError();
+  return launch_dependent(kernel, {grid, P::kThreads, kBytes}, stream, p, map_q, map_means, schedule);
 }
 
 }  // namespace moba::cuda::sm90

@@ -10,7 +10,6 @@ namespace {
 constexpr int kFillThreads = 256;
 
 Extent queries(const Shape& shape) { return {shape.groups, shape.heads, shape.rows, shape.head_dim}; }
-Extent keys(const Shape& shape) { return {shape.groups, shape.heads_k, shape.keys, shape.head_dim}; }
 Extent means(const Shape& shape) { return {1, 1, shape.units_k() * shape.blocks(), shape.head_dim}; }
 
 // One slot: the current block.

@@ -183,6 +183,9 @@ fn run(arguments: &Arguments) -> Result<()> {
         arguments.heads,
         arguments.heads_k()
     );
+    if arguments.device().is_cuda() && !arguments.skip_memory {
+        memory::keep_pages()?;
+    }
     let timer = Timer::new(arguments.device())?;
     if arguments.peak_only {
         return memory::print_own_peak(arguments);

@@ -1,6 +1,6 @@
 //! Peak memory of one run beyond its inputs; outputs and gradients count.
 
-use std::{env, fs, process::Command};
+use std::{env, fs, os::unix::process::CommandExt, process::Command};
 
 use anyhow::{Context, Result, bail};
 use tch::{Device, Kind, Tensor};
@@ -26,7 +26,7 @@ pub fn peak_mib(
     match timer {
         Timer::Wall => in_fresh_process(arguments, seqlen, contender, pass),
         Timer::Events(stream) => {
-            // What libtorch's allocator had to ask of the driver, in its granularity of 2 to 20 MiB.
+            // What libtorch's allocator had to ask of the driver, in pages of 2 or 20 MiB.
             let used = || -> Result<usize> {
                 let (free, total) = stream.context().mem_get_info()?;
                 Ok(total - free)
@@ -41,6 +41,18 @@ pub fn peak_mib(
             Ok(peak as f64 / MIB)
         }
     }
+}
+
+/// Starts the program anew with an allocator that keeps pages instead of blocks: emptying its cache then leaves no free
+/// parts of blocks behind, which a run would take unseen. Whoever has chosen settings keeps them.
+pub fn keep_pages() -> Result<()> {
+    const SETTINGS: &str = "PYTORCH_ALLOC_CONF";
+    if env::var_os(SETTINGS).is_some() || env::var_os("PYTORCH_CUDA_ALLOC_CONF").is_some() {
+        return Ok(());
+    }
+    let mut again = Command::new(env::current_exe()?);
+    Err(again.args(env::args_os().skip(1)).env(SETTINGS, "expandable_segments:True").exec())
+        .context("cannot start this program again")
 }
 
 /// tch cannot empty libtorch's cache of device memory, but libtorch does so itself before it gives up on a request.

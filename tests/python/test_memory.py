@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 moba = torch.ops.moba
 
@@ -83,6 +84,35 @@ def test_cuda_graph(device, case):
     graph.replay()
     torch.cuda.synchronize()
     for n, (a, b) in enumerate(zip(captured, run(case, q, k, v, dout, dlse))):
+        assert torch.equal(a, b), f"result {n}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kept_for_backward(device, case):
+    """q, k, v, out, lse and the route: nothing of the size of queries times top_k times head_dim."""
+    block_size, top_k = case[2:4]
+    q, k, v = inputs(case, device)[:3]
+    kept = {}
+
+    def note(x):
+        kept[x.data_ptr()] = x.nbytes
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        out, lse = moba.attention(q, k, v, block_size, top_k)
+    assert {x.data_ptr() for x in (q, k, v, out, lse)} <= kept.keys()
+    beyond = sum(kept.values()) - q.nbytes - k.nbytes - v.nbytes
+    assert beyond <= out.nbytes + lse.nbytes + 4 * lse.numel() * top_k
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_activation_checkpointing(device, case):
+    block_size, top_k = case[2:4]
+    q, k, v, dout, dlse = inputs(case, device)
+    attend = lambda q, k, v: moba.attention(q, k, v, block_size, top_k, deterministic=True)
+    out, lse = checkpoint(attend, q, k, v, use_reentrant=False)
+    found = [out, lse, *torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))]
+    for n, (a, b) in enumerate(zip(found, run(case, q, k, v, dout, dlse)[1:])):
         assert torch.equal(a, b), f"result {n}"
 
 

@@ -55,6 +55,48 @@ fn gradcheck_through_the_selection() {
     }
 }
 
+/// What 16-bit gradients say of a step along a direction, against differences of the operator in float64 with the same
+/// routing.
+#[test]
+fn directions_in_16_bits_against_float64() {
+    let cases = [
+        Case::new(130, 64, 16, 3).heads(4, 2),
+        Case::new(120, 128, 32, 2),
+        Case::new(700, 128, 128, 3).heads(2, 1),
+        Case::new(900, 64, 144, 2),
+        Case::new(600, 80, 64, 4),
+    ];
+    for device in devices() {
+        for (n, case) in cases.iter().enumerate().filter(|(_, case)| !small() || case.seqlen_k <= 130) {
+            for (kind, unit) in [(Kind::BFloat16, 2f64.powi(-8)), (Kind::Half, 2f64.powi(-11))] {
+                let inputs = case.inputs(30 + n as u64, kind, device);
+                let chosen = route(&inputs.q, &inputs.k, &case.config()).unwrap();
+                let run = |[q, k, v]: &[Tensor; 3]| routed_attention(q, k, v, &chosen, &case.config()).unwrap();
+                let points = inputs.leaves();
+                let (out, lse) = run(&points);
+                let found = gradients(&[&out, &lse], &[&inputs.dout, &inputs.dlse], &points.each_ref());
+                let wide = inputs.to(Kind::Double, device);
+                let directions = case.inputs(60 + n as u64, Kind::Double, device);
+                let (from, along) = ([&wide.q, &wide.k, &wide.v], [&directions.q, &directions.k, &directions.v]);
+                for (moved, name) in ["dq", "dk", "dv"].into_iter().enumerate() {
+                    let loss = |step: f64| {
+                        let mut x = from.map(Tensor::shallow_clone);
+                        x[moved] = from[moved] + step * along[moved];
+                        let (out, lse) = run(&x);
+                        (out * &wide.dout).sum(Kind::Double) + (lse * &wide.dlse).sum(Kind::Double)
+                    };
+                    let difference = ((loss(1e-4) - loss(-1e-4)) / 2e-4).double_value(&[]);
+                    let terms = found[moved].to_kind(Kind::Double) * along[moved];
+                    let error = (terms.sum(Kind::Double).double_value(&[]) - difference).abs();
+                    // Independent errors of a few roundings in each term; a term left out costs more.
+                    let allowed = 4.0 * unit * terms.norm().double_value(&[]);
+                    assert!(error <= allowed, "{name} of {case:?}, {kind:?} on {device:?}: {error} > {allowed}");
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn gradcheck_sees_a_wrong_gradient() {
     let x = Tensor::from_slice(&[0.5, -1.0, 2.0, 3.0]).view([2, 2]);

@@ -11,7 +11,10 @@ use tch_moba::{
     full_attention, moba_attention, route,
 };
 
-use crate::{data::Inputs, name};
+use crate::{
+    data::{Data, Inputs},
+    name,
+};
 
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq)]
 #[value(rename_all = "snake_case")]
@@ -33,23 +36,25 @@ pub enum Pass {
     Route,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Contender {
     pub kind: Impl,
     /// Block size and top-k, for MoBA only.
     pub config: Option<MobaConfig>,
+    pub data: Data,
 }
 
 impl Contender {
     /// One contender for each configuration of MoBA, one for a dense attention.
-    pub fn all(kind: Impl, configs: &[MobaConfig]) -> Vec<Self> {
+    pub fn all(kind: Impl, configs: &[MobaConfig], data: Data) -> Vec<Self> {
         match kind {
             Impl::Moba | Impl::MobaDeterministic => {
                 let deterministic = kind == Impl::MobaDeterministic;
-                let of = |config: &MobaConfig| Self { kind, config: Some(config.with_deterministic(deterministic)) };
+                let of =
+                    |config: &MobaConfig| Self { kind, config: Some(config.with_deterministic(deterministic)), data };
                 configs.iter().map(of).collect()
             }
-            _ => vec![Self { kind, config: None }],
+            _ => vec![Self { kind, config: None, data }],
         }
     }
 
@@ -105,9 +110,8 @@ impl Contender {
 
 impl fmt::Display for Contender {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.config {
-            Some(config) => write!(f, "{} {config}", name(&self.kind)),
-            None => f.write_str(&name(&self.kind)),
-        }
+        f.write_str(&name(&self.kind))?;
+        self.config.map_or(Ok(()), |config| write!(f, " {config}"))?;
+        if self.data == Data::Uniform { Ok(()) } else { write!(f, " {}", name(&self.data)) }
     }
 }

@@ -3,7 +3,7 @@
 use clap::ValueEnum;
 use tch::{Device, Kind, Tensor};
 
-#[derive(ValueEnum, Clone, Copy, Debug)]
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq)]
 pub enum Data {
     Uniform,
     Clustered,

@@ -19,9 +19,10 @@ mod timer;
 
 use std::{path::PathBuf, process::ExitCode};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
 use contender::{Contender, Impl, Pass};
+use data::{Data, Inputs};
 use indicatif::{ProgressBar, ProgressStyle};
 use report::{Report, Row};
 use tch::{Device, Kind};
@@ -55,8 +56,8 @@ struct Arguments {
     moba: Vec<MobaConfig>,
     /// uniform: Gaussian noise; clustered: plus topics that change every 1024 tokens; sink: the first block attracts
     /// every query.
-    #[arg(long, value_enum, default_value = "uniform")]
-    data: data::Data,
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "uniform")]
+    data: Vec<Data>,
     /// Timed runs of each contender.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     repeat: u32,
@@ -138,13 +139,14 @@ impl Arguments {
             DeviceName::Cuda => vec![Impl::Moba, Impl::SdpaFlash, Impl::SdpaCudnn],
         };
         let impls = if self.impls.is_empty() { all } else { self.impls.clone() };
-        impls.into_iter().flat_map(|kind| Contender::all(kind, &self.moba)).collect()
+        let on = |&data: &Data| impls.iter().flat_map(move |&kind| Contender::all(kind, &self.moba, data));
+        self.data.iter().flat_map(on).collect()
     }
 
-    fn inputs(&self, seqlen: i64) -> data::Inputs {
+    fn inputs(&self, seqlen: i64, data: Data) -> Inputs {
         let sink = self.moba.iter().map(MobaConfig::block_size).max().unwrap_or(1);
         let shape = data::Shape { heads: self.heads, heads_k: self.heads_k(), seqlen, sink };
-        self.data.generate(self.batch, &shape, self.head_dim, (self.kind(), self.device()))
+        data.generate(self.batch, &shape, self.head_dim, (self.kind(), self.device()))
     }
 
     fn row(&self, seqlen: i64, contender: &Contender, pass: Pass) -> Row {
@@ -156,9 +158,7 @@ impl Arguments {
             heads_k: self.heads_k(),
             head_dim: self.head_dim,
             seqlen,
-            moba: contender.config,
-            data: name(&self.data),
-            kind: contender.kind,
+            contender: *contender,
             pass,
             times_ms: Vec::new(),
             peak_mib: None,
@@ -207,17 +207,21 @@ fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-/// All contenders on the tensors of one sequence length.
+/// All contenders on the tensors of one sequence length, the same ones for all on the same data.
 fn measure(arguments: &Arguments, seqlen: i64, timer: &Timer, report: &mut Report) -> Result<()> {
-    let inputs = arguments.inputs(seqlen);
-    println!("\nseqlen {seqlen}, data {}", name(&arguments.data));
+    let inputs: Vec<_> = arguments.data.iter().map(|&data| (data, arguments.inputs(seqlen, data))).collect();
+    let of = |contender: &Contender| {
+        let same = inputs.iter().find(|(data, _)| *data == contender.data);
+        same.map(|(_, inputs)| inputs).context("a contender without data")
+    };
+    println!("\nseqlen {seqlen}, data {}", arguments.data.iter().map(name).collect::<Vec<_>>().join(", "));
     let progress =
         ProgressBar::new(0).with_style(ProgressStyle::with_template("{elapsed} {bar:30} {pos}/{len} {msg}")?);
     let mut rows = Vec::new();
     for contender in arguments.contenders() {
         progress.set_message(format!("checking {contender}"));
         // A dense kernel that does not take these tensors (dtype, head_dim) says so; MoBA has to take all of them.
-        match check::check(&contender, &inputs) {
+        match check::check(&contender, of(&contender)?) {
             Ok(errors) => println!("{contender}: sampled rows agree with float64, relative error {errors}"),
             Err(error) if contender.config.is_none() && !error.is::<check::Disagreement>() => {
                 println!("{contender}: not run, {}", error.to_string().lines().next().unwrap_or_default());
@@ -233,7 +237,7 @@ fn measure(arguments: &Arguments, seqlen: i64, timer: &Timer, report: &mut Repor
     for round in 0..arguments.warmup + arguments.repeat {
         for (contender, row) in &mut rows {
             progress.set_message(format!("{contender} {}", name(&row.pass)));
-            let ms = timer.ms(|| contender.run(row.pass, &inputs))?;
+            let ms = timer.ms(|| contender.run(row.pass, of(contender)?))?;
             if round >= arguments.warmup {
                 row.times_ms.push(ms);
             }
@@ -243,7 +247,7 @@ fn measure(arguments: &Arguments, seqlen: i64, timer: &Timer, report: &mut Repor
     for (contender, row) in &mut rows {
         if !arguments.skip_memory {
             progress.set_message(format!("{contender} {} memory", name(&row.pass)));
-            row.peak_mib = Some(memory::peak_mib(arguments, seqlen, contender, row.pass, &inputs, timer)?);
+            row.peak_mib = Some(memory::peak_mib(arguments, seqlen, contender, row.pass, of(contender)?, timer)?);
         }
     }
     progress.finish_and_clear();

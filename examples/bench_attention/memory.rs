@@ -73,7 +73,7 @@ fn in_fresh_process(arguments: &Arguments, seqlen: i64, contender: &Contender, p
     option("--heads-k", arguments.heads_k().to_string());
     option("--head-dim", arguments.head_dim.to_string());
     option("--seqlen", seqlen.to_string());
-    option("--data", name(&arguments.data));
+    option("--data", name(&contender.data));
     option("--moba", contender.config.unwrap_or_default().to_string());
     option("--impl", name(&contender.kind));
     option("--pass", name(&pass));
@@ -93,8 +93,8 @@ pub fn print_own_peak(arguments: &Arguments) -> Result<()> {
         bail!("--peak-only takes one contender, one pass and one length")
     };
     // Code and thread stacks come into memory with the first run, so that one is a small one.
-    drop(contender.run(*pass, &arguments.inputs(64))?);
-    let inputs = arguments.inputs(*seqlen);
+    drop(contender.run(*pass, &arguments.inputs(64, contender.data))?);
+    let inputs = arguments.inputs(*seqlen, contender.data);
     fs::write("/proc/self/clear_refs", "5").context("cannot reset the peak of this process")?;
     let before = status_kib("VmRSS")?;
     let outputs = contender.run(*pass, &inputs)?;

@@ -9,7 +9,7 @@ use crate::{
 impl Row {
     /// Pairs of a query and a key that it sees, of one head.
     fn pairs(&self) -> f64 {
-        let seen = |query: i64| match self.moba {
+        let seen = |query: i64| match self.contender.config {
             None => query + 1,
             Some(config) => {
                 let (size, current) = (config.block_size(), query / config.block_size());
@@ -52,10 +52,11 @@ impl Row {
 impl Report {
     pub fn print_rates(&self) {
         println!();
-        for row in self.rows.iter().filter(|row| row.moba.is_some()) {
-            let what = format!("{}, {} tokens, {}", row.label(), row.seqlen, name(&row.pass));
-            let forward =
-                |other: &&Row| other.pass == Pass::Forward && (other.moba, other.seqlen) == (row.moba, row.seqlen);
+        for row in self.rows.iter().filter(|row| row.contender.config.is_some()) {
+            let what = format!("{}, {} tokens, {}", row.contender, row.seqlen, name(&row.pass));
+            let forward = |other: &&Row| {
+                other.pass == Pass::Forward && other.contender == row.contender && other.seqlen == row.seqlen
+            };
             match (row.pass, self.rows.iter().find(forward), self.dense(row)) {
                 (Pass::Route, Some(forward), _) => {
                     println!("{what}: {:.1} % of forward", 100.0 * row.times().0 / forward.times().0);
@@ -66,7 +67,7 @@ impl Report {
                     let (ours, theirs) = (row.rate(), dense.rate());
                     print!(
                         "{what}: {ours:.0} GFLOP/s, {} {theirs:.0} GFLOP/s, rate {:.2}, {:.1} times faster",
-                        dense.label(),
+                        dense.contender,
                         ours / theirs,
                         dense.times().0 / row.times().0
                     );

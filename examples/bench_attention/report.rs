@@ -7,10 +7,9 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use tch_moba::MobaConfig;
 
 use crate::{
-    contender::{Impl, Pass},
+    contender::{Contender, Pass},
     name,
 };
 
@@ -23,10 +22,7 @@ pub struct Row {
     pub heads_k: i64,
     pub head_dim: i64,
     pub seqlen: i64,
-    /// Empty fields in the CSV file for a dense contender.
-    pub moba: Option<MobaConfig>,
-    pub data: String,
-    pub kind: Impl,
+    pub contender: Contender,
     pub pass: Pass,
     pub times_ms: Vec<f64>,
     pub peak_mib: Option<f64>,
@@ -46,20 +42,18 @@ impl Row {
 
     fn csv(&self) -> String {
         let (median, min, max) = self.times();
-        let Self { device, dtype, batch, heads, heads_k, head_dim, seqlen, data, .. } = self;
-        let (kind, pass) = (name(&self.kind), name(&self.pass));
+        let Self { device, dtype, batch, heads, heads_k, head_dim, seqlen, .. } = self;
+        let Contender { kind, config, data } = &self.contender;
+        let (kind, data, pass) = (name(kind), name(data), name(&self.pass));
+        // Empty fields for a dense contender.
         let optional = |value: Option<i64>| value.map(|value| value.to_string()).unwrap_or_default();
-        let block_size = optional(self.moba.map(|config| config.block_size()));
-        let top_k = optional(self.moba.map(|config| config.top_k()));
+        let block_size = optional(config.map(|config| config.block_size()));
+        let top_k = optional(config.map(|config| config.top_k()));
         let peak = self.peak_mib.map(|peak| format!("{peak:.1}")).unwrap_or_default();
         format!(
             "{device},{dtype},{batch},{heads},{heads_k},{head_dim},{seqlen},{block_size},{top_k},{data},{kind},{pass},\
              {median:.4},{min:.4},{max:.4},{peak}"
         )
-    }
-
-    pub fn label(&self) -> String {
-        self.moba.map_or_else(|| name(&self.kind), |config| format!("{} {config}", name(&self.kind)))
     }
 }
 
@@ -81,11 +75,15 @@ impl Report {
 
     /// Prints and stores the measurements of one shape; a run that is stopped later loses none of them.
     pub fn add(&mut self, rows: impl Iterator<Item = Row>) -> Result<()> {
-        println!("{:<16} {:<17} {:>11} {:>11} {:>11} {:>10}", "", "", "median ms", "min ms", "max ms", "peak MiB");
+        println!("{:<22} {:<17} {:>11} {:>11} {:>11} {:>10}", "", "", "median ms", "min ms", "max ms", "peak MiB");
         for row in rows {
             let (median, min, max) = row.times();
             let peak = row.peak_mib.map_or_else(|| "-".to_owned(), |peak| format!("{peak:.1}"));
-            println!("{:<16} {:<17} {median:>11.3} {min:>11.3} {max:>11.3} {peak:>10}", row.label(), name(&row.pass));
+            println!(
+                "{:<22} {:<17} {median:>11.3} {min:>11.3} {max:>11.3} {peak:>10}",
+                row.contender.to_string(),
+                name(&row.pass)
+            );
             if let Some(csv) = &mut self.csv {
                 writeln!(csv, "{}", row.csv())?;
                 csv.flush()?;
@@ -97,20 +95,21 @@ impl Report {
 
     /// The fastest dense measurement of the same shape and pass.
     pub fn dense(&self, row: &Row) -> Option<&Row> {
-        let same = |other: &&Row| other.moba.is_none() && other.seqlen == row.seqlen && other.pass == row.pass;
+        let shape = |row: &Row| (row.seqlen, row.pass, row.contender.data);
+        let same = |other: &&Row| other.contender.config.is_none() && shape(other) == shape(row);
         self.rows.iter().filter(same).min_by(|a, b| a.times().0.total_cmp(&b.times().0))
     }
 
     /// Each MoBA measurement beside the fastest dense one.
     pub fn print_summary(&self) {
         println!();
-        for row in self.rows.iter().filter(|row| row.moba.is_some() && row.pass != Pass::Route) {
-            let (label, pass, ms) = (row.label(), name(&row.pass), row.times().0);
+        for row in self.rows.iter().filter(|row| row.contender.config.is_some() && row.pass != Pass::Route) {
+            let (label, pass, ms) = (row.contender, name(&row.pass), row.times().0);
             match self.dense(row) {
                 Some(dense) => println!(
                     "{label}, {} tokens, {pass}: {ms:.1} ms, full attention ({}) {:.1} ms, ratio {:.2} (full / MoBA)",
                     row.seqlen,
-                    dense.label(),
+                    dense.contender,
                     dense.times().0,
                     dense.times().0 / ms
                 ),

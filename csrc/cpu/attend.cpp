@@ -92,7 +92,7 @@ struct Forward {
     const Matrix<A> output{scratch.output, head_dim};
     multiply(panel.count, head_dim, units<U>(panel.keys), A(1), Left<U>{scratch.probabilities(), stride, 1},
              scratch.values, Into::kEmpty, output);
-    turns.wait(task, panel.last());
+    turns.wait(task, panel.first(), panel.last());
     for (int64_t i = 0; i < panel.count; ++i) merge(panel.queries[i], maximum[i], sum[i], output[i]);
   }
 

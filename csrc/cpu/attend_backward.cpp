@@ -125,7 +125,7 @@ struct Backward {
              Matrix<A>{scratch.dk, head_dim});
     multiply(panel.count, head_dim, units<U>(panel.keys), A(1), Left<U>{by.ds_rows, by.rows_stride, 1},
              scratch.key_rows, Into::kEmpty, dq_panel);
-    turns.wait(task, panel.last());
+    turns.wait(task, panel.first(), panel.last());
     for (int64_t i = 0; i < panel.count; ++i) {
       scale_and_add(dq(panel.queries[i].head, panel.queries[i].row), A(1), dq_panel[i], A(1), head_dim);
     }

@@ -31,6 +31,7 @@ struct Panel {
   int64_t visible(int64_t i) const {
     return diagonal ? std::clamp<int64_t>(sequence->position(queries[i].row) + 1 - key_begin, 0, keys) : keys;
   }
+  Query first() const { return queries[0]; }
   Query last() const { return queries[count - 1]; }
   Queries all() const { return {queries, queries + count}; }
   // About those of the panel that will be next.

@@ -22,15 +22,23 @@ class Turns {
     for (const Task& task : tasks) ++begin_[task.chain + 1];
     for (size_t chain = 1; chain < begin_.size(); ++chain) begin_[chain] += begin_[chain - 1];
     past_ = std::vector<std::atomic<int64_t>>(tasks.size());
+    end_.assign(tasks.size(), 0);
+    for (const Task& task : tasks) {
+      const Queries& queries = task.queries;
+      if (queries.begin < queries.end) end_[begin_[task.chain] + task.place] = number(queries.end[-1]) + 1;
+    }
     finished_ = std::vector<std::atomic<int64_t>>(begin_.size());
   }
 
-  // Returns once all tasks before this one are past the query.
-  void wait(const Task& task, Query query) {
+  // Returns once all tasks before this one are past those of their queries that are in [first, last].
+  void wait(const Task& task, Query first, Query last) {
     std::atomic<int64_t>& finished = finished_[task.chain];
     int64_t place = finished.load(std::memory_order_acquire);
+    const int64_t begin = number(first), end = number(last) + 1;
     for (bool all = true; place < task.place; ++place) {
-      const int64_t past = wait_until(begin_[task.chain] + place, number(query) + 1);
+      const int64_t other = begin_[task.chain] + place;
+      const int64_t past = end_[other] <= begin ? past_[other].load(std::memory_order_acquire)
+                                                : wait_until(other, std::min(end, end_[other]));
       all = all && past == kFinished;
       // A hint for later searches: threads may put it back a little, never too far ahead.
       if (all) finished.store(place + 1, std::memory_order_release);
@@ -66,6 +74,7 @@ class Turns {
   int64_t heads_;
   std::vector<int64_t> begin_;              // of each chain in past_
   std::vector<std::atomic<int64_t>> past_;  // for each task, a number that it has passed
+  std::vector<int64_t> end_;                // for each task, the number after its last query
   std::vector<std::atomic<int64_t>>
       finished_;  // for each chain, how many of its first tasks are known to have finished
 };

@@ -19,7 +19,7 @@ mod timer;
 
 use std::{path::PathBuf, process::ExitCode};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use clap::{Parser, ValueEnum};
 use contender::{Contender, Impl, Pass};
 use data::{Data, Inputs};
@@ -133,14 +133,13 @@ impl Arguments {
         self.heads_k.unwrap_or(self.heads)
     }
 
-    fn contenders(&self) -> Vec<Contender> {
+    fn contenders(&self, data: Data) -> Vec<Contender> {
         let all = match self.device {
             DeviceName::Cpu => vec![Impl::Moba, Impl::SdpaCpu],
             DeviceName::Cuda => vec![Impl::Moba, Impl::SdpaFlash, Impl::SdpaCudnn],
         };
         let impls = if self.impls.is_empty() { all } else { self.impls.clone() };
-        let on = |&data: &Data| impls.iter().flat_map(move |&kind| Contender::all(kind, &self.moba, data));
-        self.data.iter().flat_map(on).collect()
+        impls.into_iter().flat_map(|kind| Contender::all(kind, &self.moba, data)).collect()
     }
 
     fn inputs(&self, seqlen: i64, data: Data) -> Inputs {
@@ -149,7 +148,7 @@ impl Arguments {
         data.generate(self.batch, &shape, self.head_dim, (self.kind(), self.device()))
     }
 
-    fn row(&self, seqlen: i64, contender: &Contender, pass: Pass) -> Row {
+    fn row(&self, seqlen: i64, contender: Contender, pass: Pass) -> Row {
         Row {
             device: name(&self.device),
             dtype: name(&self.dtype),
@@ -158,7 +157,7 @@ impl Arguments {
             heads_k: self.heads_k(),
             head_dim: self.head_dim,
             seqlen,
-            contender: *contender,
+            contender,
             pass,
             times_ms: Vec::new(),
             peak_mib: None,
@@ -210,48 +209,46 @@ fn run(arguments: &Arguments) -> Result<()> {
 /// All contenders on the tensors of one sequence length, the same ones for all on the same data.
 fn measure(arguments: &Arguments, seqlen: i64, timer: &Timer, report: &mut Report) -> Result<()> {
     let inputs: Vec<_> = arguments.data.iter().map(|&data| (data, arguments.inputs(seqlen, data))).collect();
-    let of = |contender: &Contender| {
-        let same = inputs.iter().find(|(data, _)| *data == contender.data);
-        same.map(|(_, inputs)| inputs).context("a contender without data")
-    };
     println!("\nseqlen {seqlen}, data {}", arguments.data.iter().map(name).collect::<Vec<_>>().join(", "));
     let progress =
         ProgressBar::new(0).with_style(ProgressStyle::with_template("{elapsed} {bar:30} {pos}/{len} {msg}")?);
     let mut rows = Vec::new();
-    for contender in arguments.contenders() {
-        progress.set_message(format!("checking {contender}"));
-        // A dense kernel that does not take these tensors (dtype, head_dim) says so; MoBA has to take all of them.
-        match check::check(&contender, of(&contender)?) {
-            Ok(errors) => println!("{contender}: sampled rows agree with float64, relative error {errors}"),
-            Err(error) if contender.config.is_none() && !error.is::<check::Disagreement>() => {
-                println!("{contender}: not run, {}", error.to_string().lines().next().unwrap_or_default());
-                continue;
+    for (data, inputs) in &inputs {
+        for contender in arguments.contenders(*data) {
+            progress.set_message(format!("checking {contender}"));
+            // A dense kernel that does not take these tensors (dtype, head_dim) says so; MoBA has to take all of them.
+            match check::check(&contender, inputs) {
+                Ok(errors) => println!("{contender}: sampled rows agree with float64, relative error {errors}"),
+                Err(error) if contender.config.is_none() && !error.is::<check::Disagreement>() => {
+                    println!("{contender}: not run, {}", error.to_string().lines().next().unwrap_or_default());
+                    continue;
+                }
+                Err(error) => return Err(error),
             }
-            Err(error) => return Err(error),
-        }
-        for &pass in arguments.pass.iter().filter(|&&pass| pass != Pass::Route || contender.config.is_some()) {
-            rows.push((contender, arguments.row(seqlen, &contender, pass)));
+            for &pass in arguments.pass.iter().filter(|&&pass| pass != Pass::Route || contender.config.is_some()) {
+                rows.push((arguments.row(seqlen, contender, pass), inputs));
+            }
         }
     }
     progress.set_length((rows.len() as u64) * u64::from(arguments.warmup + arguments.repeat));
     for round in 0..arguments.warmup + arguments.repeat {
-        for (contender, row) in &mut rows {
-            progress.set_message(format!("{contender} {}", name(&row.pass)));
-            let ms = timer.ms(|| contender.run(row.pass, of(contender)?))?;
+        for (row, inputs) in &mut rows {
+            progress.set_message(format!("{} {}", row.contender, name(&row.pass)));
+            let ms = timer.ms(|| row.contender.run(row.pass, inputs))?;
             if round >= arguments.warmup {
                 row.times_ms.push(ms);
             }
             progress.inc(1);
         }
     }
-    for (contender, row) in &mut rows {
+    for (row, inputs) in &mut rows {
         if !arguments.skip_memory {
-            progress.set_message(format!("{contender} {} memory", name(&row.pass)));
-            row.peak_mib = Some(memory::peak_mib(arguments, seqlen, contender, row.pass, of(contender)?, timer)?);
+            progress.set_message(format!("{} {} memory", row.contender, name(&row.pass)));
+            row.peak_mib = Some(memory::peak_mib(arguments, seqlen, &row.contender, row.pass, inputs, timer)?);
         }
     }
     progress.finish_and_clear();
-    report.add(rows.into_iter().map(|(_, row)| row))
+    report.add(rows.into_iter().map(|(row, _)| row))
 }
 
 #[test]

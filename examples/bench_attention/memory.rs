@@ -88,7 +88,7 @@ fn in_fresh_process(arguments: &Arguments, seqlen: i64, contender: &Contender, p
 
 /// The other end of [`in_fresh_process`].
 pub fn print_own_peak(arguments: &Arguments) -> Result<()> {
-    let contenders = arguments.contenders();
+    let contenders: Vec<_> = arguments.data.iter().flat_map(|&data| arguments.contenders(data)).collect();
     let ([contender], [pass], [seqlen]) = (&contenders[..], &arguments.pass[..], &arguments.seqlen[..]) else {
         bail!("--peak-only takes one contender, one pass and one length")
     };

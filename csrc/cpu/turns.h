@@ -12,9 +12,9 @@
 namespace moba::cpu {
 
 // Each task takes its queries in ascending order, and adds to a query once all tasks before it in the chain are past
-// that query or have none so late. A chain begins with the last tile of keys, whose own queries nobody can have added to; so its tasks run
-// side by side, each a panel behind the one before. Tasks must be started in the order of the list, so that the first
-// unfinished one never waits.
+// that query or have none so late. A chain begins with the last tile of keys, whose own queries nobody can have added
+// to; so its tasks run side by side, each a panel behind the one before. Tasks must be started in the order of the
+// list, so that the first unfinished one never waits.
 class Turns {
  public:
   Turns(const Problem& problem, const std::vector<Task>& tasks) : heads_(problem.heads) {

@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
 #pragma unroll
   for (int i = 0; i < kSlots; ++i) {
     const int32_t block = own.value[i];
-    if (block < 0 || block >= past.count || past.first + block >= blocks) continue;
-    if (!(atomicOr(&memory.masks[word * window + past.first + block], bit) & bit)) marked |= 1u << i;
+    const bool listed = block >= 0 && block < past.count && past.first + block < blocks;
+    if (mark(memory.masks + word * window, listed ? past.first + block : -1)) marked |= 1u << i;
   }
   __syncthreads();
   int32_t rows = 0;  // of this CTA that chose this thread's block

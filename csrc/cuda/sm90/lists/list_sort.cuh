@@ -124,10 +124,17 @@ __device__ __forceinline__ void load_blocks(uint32_t (&masks)[2], const uint32_t
   masks[1] = two.y;
 }
 
-// Marks this thread's row in the masks of the blocks it chose. A slot that repeats an earlier one finds its bit set.
-__device__ __forceinline__ bool mark(const Window& window, int block) {
-  const uint32_t bit = 1u << threadIdx.x % 32;
-  return !(atomicOr(&window.masks[threadIdx.x / 32 * window.size + block], bit) & bit);
+// Marks the row of each lane in the mask of the block that it chose, if any; negative: none. A word of the masks
+// belongs to one warp, so its lanes need no atomics: neighbours that chose alike, which would wait for each other
+// there, are marked together. Returns whether the row was not marked yet: a slot that repeats an earlier one finds its
+// bit set.
+__device__ __forceinline__ bool mark(uint32_t* words, int block) {
+  const uint32_t lane = threadIdx.x % 32, alike = __match_any_sync(kAll, block);
+  const uint32_t before = block >= 0 ? words[block] : kAll;
+  __syncwarp();
+  if (block >= 0 && lane == __ffs(alike) - 1) words[block] = before | alike;
+  __syncwarp();
+  return !(before >> lane & 1);
 }
 
 // How many rows of the part before this thread's chose the block.
@@ -156,6 +163,7 @@ __global__ void __launch_bounds__(kSortThreads, kPlace || kEach > 1 ? 2 : 3)
   wait_for_earlier();
   let_next_start();
   const Window window(memory, sort.window);
+  uint32_t* const words = window.masks + threadIdx.x / 32 * window.size;  // of the warp
   const Sequences sequences(p.shape);
   const Chunk chunk(p, sort, sequences);
   const int slots = static_cast<int>(p.shape.slots), blocks = static_cast<int>(p.shape.blocks());
@@ -193,21 +201,18 @@ __global__ void __launch_bounds__(kSortThreads, kPlace || kEach > 1 ? 2 : 3)
       if constexpr (kSlots > 0) {
 #pragma unroll
         for (int i = 0; i < kSlots; ++i) {
-          const int at = in_window(own.value[i]);
-          if (at >= 0 && mark(window, at)) marked |= 1u << i;
+          if (mark(words, in_window(own.value[i]))) marked |= 1u << i;
         }
       } else {
-        for (int i = 0; exists && i < slots; ++i) {
-          const int32_t block = __ldg(route + i);
+        for (int i = 0; i < slots; ++i) {
+          const int32_t block = exists ? __ldg(route + i) : -1;
           const int at = in_window(block);
-          int32_t result = kUnused;
-          if (at >= 0) {
-            if (mark(window, at)) result = 0;
-          } else if (block == past.count && past.exists && !current) {
+          int32_t result = mark(words, at) ? 0 : kUnused;
+          if (at < 0 && block == past.count && past.exists && !current) {
             current = true;
             result = kCurrent;
           }
-          if (kPlace && (at >= 0 || first_window)) positions[i] = result;
+          if (kPlace && exists && (at >= 0 || first_window)) positions[i] = result;
         }
       }
       __syncthreads();

@@ -124,13 +124,39 @@ fn long_sequences() {
         for (head_dim, block, top_k) in [(128, 128, 8), (64, 512, 3), (64, 64, 12)] {
             for kind in [Kind::BFloat16, Kind::Half] {
                 let case = Case::new(seqlen, head_dim, block, top_k).heads(2, 1);
-                // Multiples of 1/16 below 4: the sum of a block is exact in float32, so that all round the same mean.
-                let draw =
-                    |size: &[i64]| (Tensor::randn(size, (Kind::Float, device)) * 16.0).round().clamp(-63, 63) / 16.0;
-                let (q, k) = (draw(&case.q_size()).to_kind(kind), draw(&case.k_size()).to_kind(kind));
+                let (q, k) = (
+                    sixteenths(&case.q_size(), device).to_kind(kind),
+                    sixteenths(&case.k_size(), device).to_kind(kind),
+                );
                 let chosen = route(&q, &k, &case.config()).unwrap();
                 let what = format!("{case:?} {kind:?} on {device:?}");
                 assert_best_sets(&what, &case, &q, &k, &chosen);
+            }
+        }
+    }
+}
+
+/// Multiples of 1/16 below 4: the sum of a block is exact in float32, so that all round the same mean.
+fn sixteenths(size: &[i64], device: Device) -> Tensor {
+    (Tensor::randn(size, (Kind::Float, device)) * 16.0).round().clamp(-63, 63) / 16.0
+}
+
+/// Neither what the scores of a row have in common nor their size changes what is chosen, beyond the range of f16 too.
+#[test]
+fn scores_far_from_zero() {
+    let seqlen = if small() { 130 } else { 2077 };
+    for device in devices() {
+        for (head_dim, block, top_k) in [(128, 32, 8), (64, 64, 3), (64, 16, 16), (128, 16, 20)] {
+            for (size, q_shift, k_shift) in [(512.0, 0.0, 0.0), (1.0, 1.0, 1.0), (1.0, 1.0, -1.0), (512.0, 1.0, -1.0)] {
+                for kind in [Kind::BFloat16, Kind::Half] {
+                    let case = Case::new(seqlen, head_dim, block, top_k).heads(2, 1);
+                    let q = ((sixteenths(&case.q_size(), device) + q_shift) * size).to_kind(kind);
+                    let k = ((sixteenths(&case.k_size(), device) + k_shift) * size).to_kind(kind);
+                    let chosen = route(&q, &k, &case.config()).unwrap();
+                    let what =
+                        format!("{case:?} {kind:?} on {device:?}, {size} times, shifted by {q_shift}, {k_shift}");
+                    assert_best_sets(&what, &case, &q, &k, &chosen);
+                }
             }
         }
     }

@@ -64,13 +64,13 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   const PastBlocks past = exists ? sequences.past_of(row) : PastBlocks{0, 0, false};
   __syncthreads();
   const uint32_t bit = 1u << thread % 32;
-  uint32_t marked = 0;
+  int chosen[kSlots];
 #pragma unroll
   for (int i = 0; i < kSlots; ++i) {
     const int32_t block = own.value[i];
-    const bool listed = block >= 0 && block < past.count && past.first + block < blocks;
-    if (mark(memory.masks + word * window, listed ? past.first + block : -1)) marked |= 1u << i;
+    chosen[i] = block >= 0 && block < past.count && past.first + block < blocks ? past.first + block : -1;
   }
+  const uint32_t marked = mark(memory.masks + word * window, chosen);
   __syncthreads();
   int32_t rows = 0;  // of this CTA that chose this thread's block
   if (thread < window) {

@@ -124,17 +124,34 @@ __device__ __forceinline__ void load_blocks(uint32_t (&masks)[2], const uint32_t
   masks[1] = two.y;
 }
 
-// Marks the row of each lane in the mask of the block that it chose, if any; negative: none. A word of the masks
-// belongs to one warp, so its lanes need no atomics: neighbours that chose alike, which would wait for each other
-// there, are marked together. Returns whether the row was not marked yet: a slot that repeats an earlier one finds its
-// bit set.
-__device__ __forceinline__ bool mark(uint32_t* words, int block) {
-  const uint32_t lane = threadIdx.x % 32, alike = __match_any_sync(kAll, block);
-  const uint32_t before = block >= 0 ? words[block] : kAll;
-  __syncwarp();
-  if (block >= 0 && lane == __ffs(alike) - 1) words[block] = before | alike;
-  __syncwarp();
-  return !(before >> lane & 1);
+// Marks this thread's row in the masks of the blocks that it chose, `words` of its warp; negative: none. Bit i of the
+// result: no earlier slot of the row is the same as slot i. A block that a whole warp chose in one slot, as all rows
+// choose a sink, is marked by one lane: 32 would wait for each other.
+template <int kSlots>
+__device__ __forceinline__ uint32_t mark(uint32_t* words, const int (&chosen)[kSlots]) {
+  const uint32_t bit = 1u << threadIdx.x % 32;
+  uint32_t before[kSlots];  // looked at later: no slot waits for the one before
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) {
+    before[i] = kAll;
+    int alike;
+    __match_all_sync(kAll, chosen[i], &alike);
+    if (chosen[i] < 0) continue;
+    if (!alike) {
+      before[i] = atomicOr(&words[chosen[i]], bit);
+    } else {  // and so are all lanes here
+      __syncwarp();
+      if (bit == 1) before[i] = atomicOr(&words[chosen[i]], kAll);
+      before[i] = __shfl_sync(kAll, before[i], 0);
+      __syncwarp();
+    }
+  }
+  uint32_t marked = 0;
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) {
+    if (!(before[i] & bit)) marked |= 1u << i;
+  }
+  return marked;
 }
 
 // How many rows of the part before this thread's chose the block.
@@ -199,15 +216,15 @@ __global__ void __launch_bounds__(kSortThreads, kPlace || kEach > 1 ? 2 : 3)
       if constexpr (kSlots > 0) own.load(route, slots, exists, vectors);
       __syncthreads();  // masks are clear
       if constexpr (kSlots > 0) {
+        int chosen[kSlots];
 #pragma unroll
-        for (int i = 0; i < kSlots; ++i) {
-          if (mark(words, in_window(own.value[i]))) marked |= 1u << i;
-        }
+        for (int i = 0; i < kSlots; ++i) chosen[i] = in_window(own.value[i]);
+        marked = mark(words, chosen);
       } else {
         for (int i = 0; i < slots; ++i) {
           const int32_t block = exists ? __ldg(route + i) : -1;
           const int at = in_window(block);
-          int32_t result = mark(words, at) ? 0 : kUnused;
+          int32_t result = mark(words, {at}) ? 0 : kUnused;
           if (at < 0 && block == past.count && past.exists && !current) {
             current = true;
             result = kCurrent;

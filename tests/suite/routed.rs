@@ -40,6 +40,9 @@ fn any_entries_against_the_oracle() {
         (Case::new(65, 33, 16, 1).batch(2), 9),
         (Case::new(90, 64, 32, 1).queries(20), 1),
         (Case::new(33, 8, 1, 1), 40),
+        (Case::new(150, 64, 16, 1).heads(4, 2), 3),
+        (Case::new(150, 128, 16, 1).queries(131), 8),
+        (Case::new(150, 64, 16, 1).heads(2, 1), 11),
     ];
     for device in devices() {
         for kind in KINDS {
@@ -79,22 +82,33 @@ fn rows_without_keys() {
     }
 }
 
+/// In every row: so lanes of one warp name the same block at once, and name it again.
 #[test]
 fn a_block_named_twice_counts_once() {
     for device in devices() {
-        let case = Case::new(64, 32, 16, 1);
-        let inputs = case.inputs(6, Kind::Float, device);
-        let config = case.config();
-        let run = |chosen: &Tensor| Results::of(&inputs, |q, k, v| routed_attention(q, k, v, chosen, &config).unwrap());
-        let current = Tensor::arange(64, (Kind::Int, device)).divide_scalar_mode(16, "floor").to_kind(Kind::Int);
-        let current = current.view([1, 1, 64, 1]).expand([1, 2, 64, 1], false).contiguous();
-        let previous: Tensor = &current - 1;
-        let once = run(&Tensor::cat(&[&current, &previous], 3));
-        let often = run(&Tensor::cat(&[&current, &previous, &current, &previous, &previous], 3));
-        for ((name, once), (_, often)) in once.named().iter().zip(often.named()) {
-            assert_rounding(name, often, once);
+        for (kind, case) in [(Kind::Float, Case::new(64, 32, 16, 1)), (Kind::BFloat16, Case::new(192, 64, 32, 1))] {
+            let inputs = case.inputs(6, kind, device);
+            let config = case.config();
+            let run =
+                |chosen: &Tensor| Results::of(&inputs, |q, k, v| routed_attention(q, k, v, chosen, &config).unwrap());
+            let current = Tensor::arange(case.seqlen_q, (Kind::Int, device));
+            let current = current.divide_scalar_mode(case.block_size, "floor").to_kind(Kind::Int);
+            let current = current.view([1, 1, -1, 1]).expand([1, case.heads, -1, 1], false).contiguous();
+            let (previous, first): (Tensor, Tensor) = (&current - 1, &current * 0);
+            let once = run(&Tensor::cat(&[&current, &previous, &first], 3));
+            // New names in the same order, which is the order of the sums.
+            for slots in [
+                vec![&current, &current, &previous, &current, &first],
+                vec![&current, &previous, &previous, &current, &first, &previous, &first, &first],
+                vec![&current, &previous, &first, &first, &previous, &first, &current, &current, &previous, &first],
+            ] {
+                let often = run(&Tensor::cat(&slots, 3));
+                for ((name, once), (_, often)) in once.named().iter().zip(often.named()) {
+                    assert_rounding(&format!("{name} {kind:?} on {device:?}"), often, once);
+                }
+                assert_same_bits(&"out", &once.out, &often.out);
+            }
         }
-        assert_same_bits(&"out", &once.out, &often.out);
     }
 }
 

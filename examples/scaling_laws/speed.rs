@@ -86,6 +86,7 @@ fn run(sweep: &Sweep, options: &Options<'_>, policy: &HybridPolicy) -> Result<Ru
     context.policies = vec![policy.clone()];
     context.seeds = vec![0];
     context.tokens_per_parameter = None;
+    context.batch_tokens = None;
     sweep.contexts = vec![context];
     let run = sweep.runs()?.pop().context("the sweep asks for no run")?;
     let needed = WARM_UP + REPEATS as u64 * options.updates;

@@ -66,6 +66,8 @@ pub struct Context {
     pub seeds: Vec<u64>,
     /// Default: that of the sweep.
     pub tokens_per_parameter: Option<f64>,
+    /// Tokens of an update. Default: that of the size.
+    pub batch_tokens: Option<u64>,
 }
 
 /// One training run of the sweep. Everything that decides its numbers, the text and the commit aside.
@@ -123,8 +125,9 @@ impl Sweep {
                 };
                 for policy in &context.policies {
                     for &seed in &context.seeds {
+                        let batch_tokens = context.batch_tokens.unwrap_or(size.batch_tokens);
                         let run = Run {
-                            size: size.clone(),
+                            size: Size { batch_tokens, ..size.clone() },
                             seqlen: context.seqlen,
                             moba,
                             policy: policy.clone(),
@@ -286,6 +289,17 @@ mod tests {
         assert!(warmup.contains("run 512-25K-moba-0: warmup must be a share of the run below 1, got 1.5"), "{warmup}");
         let seeds = change("seeds = [0]", "seeds = [0, 0]");
         assert_eq!(seeds, "the sweep asks for the run 512-25K-moba-0 twice");
+    }
+
+    #[test]
+    fn a_context_may_have_updates_of_its_own() {
+        let text = MINIATURE.replacen("seeds = [0]", "seeds = [0]\nbatch_tokens = 4096", 1);
+        let batches = |text: &str| -> Vec<(i64, u64)> {
+            Sweep::parse(text).unwrap().runs().unwrap().iter().map(|run| (run.seqlen, run.size.batch_tokens)).collect()
+        };
+        for ((seqlen, usual), (_, own)) in batches(MINIATURE).into_iter().zip(batches(&text)) {
+            assert_eq!(own, if seqlen == 512 { 4096 } else { usual });
+        }
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The sweep: one run after the other, resumable at any point.
+//! The sweep: one run after the other, resumable at any point; other processes may take some of them.
 
 use std::{
     fs,
@@ -10,7 +10,9 @@ use anyhow::{Context as _, Result, ensure};
 use tch::Device;
 
 use crate::{
-    checkpoint, compute,
+    checkpoint,
+    claim::Claim,
+    compute,
     corpus::Corpus,
     environment,
     progress::Progress,
@@ -41,6 +43,8 @@ pub struct Sweeper<'a> {
 
 enum Outcome {
     Finished,
+    /// Another process is at it.
+    Taken,
     /// Out of time, with a checkpoint.
     Stopped,
     /// Not begun, or given up: it needs more time than is left.
@@ -65,20 +69,20 @@ impl Sweeper<'_> {
         let deadline = self.limits.time.map(|time| Instant::now() + time);
         let mut progress = Progress::new(runs.len(), left.iter().map(|run| work(run, vocab_size)).sum())?;
         progress.say(&format!("{} of {} runs are done", runs.len() - left.len(), runs.len()));
-        let mut unfinished = left.len();
-        for (index, run) in left.into_iter().enumerate() {
-            // The first run is begun however short the time: each call comes further.
-            if index > 0 && deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+        let mut begun = false;
+        for &run in &left {
+            // One run is begun however short the time: each call comes further.
+            if begun && deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 break;
             }
-            match self.train(run, deadline, &mut progress).with_context(|| format!("run {}", run.name()))? {
-                Outcome::Finished => unfinished -= 1,
+            match self.claim(run, deadline, &mut progress).with_context(|| format!("run {}", run.name()))? {
+                Outcome::Finished | Outcome::PutOff => begun = true,
+                Outcome::Taken => progress.skip(work(run, vocab_size)),
                 Outcome::Stopped => break,
-                Outcome::PutOff => {}
             }
         }
         progress.finish();
-        Ok(unfinished)
+        Ok(left.into_iter().filter(|run| !records::path(self.out, run).exists()).count())
     }
 
     fn header(&self, run: &Run) -> Header {
@@ -103,6 +107,14 @@ impl Sweeper<'_> {
             here.run.name()
         );
         Ok(())
+    }
+
+    fn claim(&self, run: &Run, deadline: Option<Instant>, progress: &mut Progress) -> Result<Outcome> {
+        let claim = Claim::take(&self.out.join(format!("{}.lock", run.name())))?;
+        match claim {
+            Some(_held) if !records::path(self.out, run).exists() => self.train(run, deadline, progress),
+            _ => Ok(Outcome::Taken),
+        }
     }
 
     fn train(&self, run: &Run, deadline: Option<Instant>, progress: &mut Progress) -> Result<Outcome> {
@@ -240,6 +252,20 @@ mod tests {
         assert_eq!(fs::metadata(&path).unwrap().modified().unwrap(), written);
         let refusal = format!("{:#}", sweep(&pieces, &corpus, None, false, "b").unwrap_err());
         assert!(refusal.contains("another sweep") && refusal.contains("commit a and b"), "{refusal}");
+        fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn a_run_of_another_process_is_left_to_it() {
+        let folder = std::env::temp_dir().join(format!("scaling-shared-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let held = Claim::take(&folder.join("64-tiny-moba-0.lock")).unwrap().unwrap();
+        assert_eq!(sweep(&folder, &corpus(), None, false, "a").unwrap(), 1);
+        assert_eq!(records::read_all(&folder).unwrap().len(), 1);
+        assert!(!folder.join("64-tiny-moba-0.jsonl.partial").exists());
+        drop(held);
+        assert_eq!(sweep(&folder, &corpus(), None, false, "a").unwrap(), 0);
+        assert_eq!(fs::read_dir(&folder).unwrap().count(), 2, "only records are left");
         fs::remove_dir_all(folder).unwrap();
     }
 

@@ -14,6 +14,7 @@ mod batches;
 mod charts;
 #[path = "../common/checkpoint.rs"]
 mod checkpoint;
+mod claim;
 mod command;
 mod compute;
 mod corpus;

@@ -65,6 +65,11 @@ impl Progress {
         ));
     }
 
+    /// Another process does a run of so many operations.
+    pub fn skip(&mut self, operations: f64) {
+        self.left -= operations;
+    }
+
     pub fn put_off(&mut self, run: &Run, needed: Duration) {
         self.say(&format!("{}: put off, it needs {} more", run.name(), HumanDuration(needed)));
     }

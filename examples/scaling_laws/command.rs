@@ -15,7 +15,7 @@ use crate::{
     corpus::{self, Corpus},
     device::DeviceArg,
     drive::{Limits, Sweeper},
-    environment, fit, plan, records,
+    environment, fit, plan, records, repeats,
     speed::{self, Options},
     sweep::{Run, Sweep},
 };
@@ -39,6 +39,24 @@ enum Verb {
         vocab: usize,
         #[arg(long)]
         out: PathBuf,
+    },
+    /// Shuffle a corpus in pieces, as a control: then only what is near comes again
+    Shuffle {
+        corpus: PathBuf,
+        /// Tokens of a piece
+        #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u64).range(1..))]
+        piece: u64,
+        #[arg(long)]
+        out: PathBuf,
+    },
+    /// Count what comes again in the held-out text, near and far
+    Repeats {
+        corpus: PathBuf,
+        #[arg(long, default_value_t = 8192, value_parser = clap::value_parser!(u64).range(1..))]
+        seqlen: u64,
+        /// The longest distance that counts as near
+        #[arg(long, default_value_t = 1024)]
+        near: u64,
     },
     /// Say what a sweep costs
     Plan {
@@ -104,6 +122,11 @@ impl Command {
     pub fn run(self) -> Result<()> {
         match self.verb {
             Verb::Corpus { data, vocab, out } => corpus::build(&data, vocab, &out),
+            Verb::Shuffle { corpus, piece, out } => corpus::shuffle(&corpus, piece as usize, &out),
+            Verb::Repeats { corpus, seqlen, near } => {
+                print!("{}", repeats::table(&Corpus::read(&corpus)?.held_out, seqlen as usize, near as usize));
+                Ok(())
+            }
             Verb::Plan { sweep, vocab, tflops } => {
                 let runs = Sweep::read(&sweep)?.runs()?;
                 print!("{}", plan::table(&runs, vocab, tflops.map(|rate| rate * 1e12)));

@@ -4,6 +4,7 @@
 use std::{collections::HashMap, fs, path::Path};
 
 use anyhow::{Context, Result, ensure};
+use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -64,9 +65,8 @@ pub fn build(data: &[std::path::PathBuf], vocab_size: usize, out: &Path) -> Resu
         vocab_size: tokens.vocab_size() as i64,
         bytes_per_token: bytes as f64 / count as f64,
     };
-    Corpus { identity, train, held_out }
-        .write(out, &json)
-        .with_context(|| format!("cannot write {}", out.display()))?;
+    let corpus = Corpus { identity, train, held_out };
+    corpus.write(out, &json).with_context(|| format!("cannot write {}", out.display()))?;
     println!(
         "tokens: {:.1} M of {:.2} bytes, {:.0} % of them in documents of 32K tokens and more; {}",
         count as f64 / 1e6,
@@ -77,7 +77,29 @@ pub fn build(data: &[std::path::PathBuf], vocab_size: usize, out: &Path) -> Resu
     Ok(())
 }
 
+/// Writes the corpus `from` to `out` in pieces of so many tokens, shuffled within the training and the held-out part: the
+/// same text, in which nothing comes back from far away.
+pub fn shuffle(from: &Path, piece: usize, out: &Path) -> Result<()> {
+    ensure!(from.parent() != out.parent(), "--out wants another folder: tokenizer.json is written beside it");
+    let tokenizer = from.with_file_name("tokenizer.json");
+    let json = fs::read_to_string(&tokenizer).with_context(|| format!("cannot read {}", tokenizer.display()))?;
+    let corpus = Corpus::read(from)?.shuffled(piece);
+    corpus.write(out, &json).with_context(|| format!("cannot write {}", out.display()))
+}
+
 impl Corpus {
+    fn shuffled(self, piece: usize) -> Self {
+        let mut random = StdRng::seed_from_u64(0);
+        let mut shuffled = |tokens: &[i16]| {
+            let mut pieces: Vec<_> = tokens.chunks(piece).collect();
+            pieces.shuffle(&mut random);
+            pieces.concat()
+        };
+        let (train, held_out) = (shuffled(&self.train), shuffled(&self.held_out));
+        let identity = Identity { corpus: digest(&train, &held_out), ..self.identity };
+        Self { identity, train, held_out }
+    }
+
     pub fn read(path: &Path) -> Result<Self> {
         let missing = "build it with `scaling_laws corpus`, or make corpus";
         let file = fs::read(path).with_context(|| format!("cannot read the corpus {}: {missing}", path.display()))?;
@@ -158,6 +180,20 @@ pub fn of_tokens(train: Vec<i16>, held_out: Vec<i16>, vocab_size: i64) -> Result
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn shuffled_in_whole_pieces() {
+        let corpus = of_tokens((0..1000).collect(), (0..90).collect(), 1000).unwrap();
+        let shuffled = of_tokens((0..1000).collect(), (0..90).collect(), 1000).unwrap().shuffled(10);
+        assert_ne!(shuffled.train, corpus.train);
+        assert!(corpus.identity.difference(&shuffled.identity).is_some());
+        for (before, after) in [(corpus.train, shuffled.train), (corpus.held_out, shuffled.held_out)] {
+            assert!(after.chunks(10).all(|piece| piece[0] % 10 == 0 && piece.is_sorted()));
+            let mut sorted = after.clone();
+            sorted.sort_unstable();
+            assert_eq!(sorted, before);
+        }
+    }
 
     #[test]
     fn written_and_read() {

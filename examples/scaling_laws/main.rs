@@ -29,6 +29,7 @@ mod optimizer;
 mod plan;
 mod progress;
 mod records;
+mod repeats;
 mod speed;
 mod svg;
 mod sweep;

@@ -45,6 +45,10 @@ pub enum Marker {
 
 pub type Position = (f64, f64);
 
+/// Keeps text readable on lines.
+const HALO: &str =
+    "<style>text { paint-order: stroke; stroke: white; stroke-width: 3px; stroke-linejoin: round }</style>";
+
 impl Svg {
     pub fn new(width: f64, height: f64) -> Self {
         let mut svg = Self { width, height, body: String::new() };
@@ -126,7 +130,7 @@ impl Svg {
         let Self { width, height, body } = self;
         let text = format!(
             "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" viewBox=\"0 0 {width} {height}\" \
-             font-family=\"{FONT}, Helvetica, Arial, sans-serif\">\n{body}</svg>\n"
+             font-family=\"{FONT}, Helvetica, Arial, sans-serif\">\n{HALO}\n{body}</svg>\n"
         );
         let svg = path.with_extension("svg");
         fs::write(&svg, &text).with_context(|| format!("cannot write {}", svg.display()))?;

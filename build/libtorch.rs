@@ -21,7 +21,7 @@ impl Libtorch {
     pub fn find() -> Result<Self> {
         let lib = env::var_os("DEP_TCH_LIBTORCH_LIB").map(PathBuf::from).context(
             "torch-sys did not say where libtorch is. In a checkout run `make libtorch`; elsewhere set LIBTORCH or \
-             LIBTORCH_USE_PYTORCH=1 (README, Install)",
+             LIBTORCH_USE_PYTORCH=1 (README, In your own tch project)",
         )?;
         println!("cargo:rerun-if-env-changed=LIBTORCH_INCLUDE");
         let root = env::var_os("LIBTORCH_INCLUDE").map_or_else(|| lib.join(".."), PathBuf::from);

@@ -37,7 +37,7 @@ pub struct AttentionConfig {
 }
 
 impl AttentionConfig {
-    /// As many key heads as query heads, `head_dim = hidden_size / num_heads`, no bias, default MoBA in the only layer.
+    /// As many key heads as query heads, `head_dim = hidden_size / num_heads` rounded down, no bias, default MoBA in the only layer.
     pub fn new(hidden_size: i64, num_heads: i64) -> Self {
         Self {
             hidden_size,
@@ -69,7 +69,7 @@ impl AttentionConfig {
         } else if layer >= num_layers {
             format!("layer must be below num_layers = {num_layers}, got {layer}")
         } else {
-            return Ok(());
+            return self.policy.check();
         };
         Err(Error::Config(wrong))
     }

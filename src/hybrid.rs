@@ -125,6 +125,14 @@ impl HybridPolicy {
         Self::Custom(CustomPolicy { name: name.into(), kind: Arc::new(kind) })
     }
 
+    /// Whether a policy that was written down by its fields is one.
+    pub(crate) fn check(&self) -> Result<()> {
+        match *self {
+            Self::TwoStage { switch_at } | Self::Hybrid { switch_at, .. } => fraction(switch_at).map(|_| ()),
+            Self::Moba | Self::Full | Self::LayerWise { .. } | Self::Custom(_) => Ok(()),
+        }
+    }
+
     /// What layer `layer` (0 is the first) of `num_layers` runs at `step`.
     pub fn kind(&self, layer: usize, num_layers: usize, step: Step) -> AttentionKind {
         let last = |full_last| layer >= num_layers.saturating_sub(full_last);

@@ -65,8 +65,8 @@ impl fmt::Display for Selection {
     }
 }
 
-/// Says which backend [`moba_attention`](crate::moba_attention) runs for these tensors and why it runs no other. Also
-/// logged with `tracing::debug!`; every attention call logs it where that level is enabled.
+/// Says which backend [`moba_attention`](crate::moba_attention) runs for these tensors and why it runs no other; where
+/// autocast is on, for what it makes of them. `moba_attention` logs it with `tracing::debug!`.
 ///
 /// ```
 /// use tch::{Device, Kind, Tensor};

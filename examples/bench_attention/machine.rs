@@ -1,15 +1,15 @@
 //! What the figures were taken on.
 
-use std::{fs, process::Command};
+use std::fs;
 
-use crate::timer::Timer;
+use crate::{nvidia_smi, timer::Timer};
 
 pub fn describe(timer: &Timer) -> Vec<String> {
     let device = match timer {
         Timer::Wall => format!("{}, {} threads", processor("model name"), tch::get_num_threads()),
         Timer::Events(stream) => {
             let name = stream.context().name().unwrap_or_else(|error| format!("unknown ({error:?})"));
-            format!("{name}, driver {}", nvidia_smi("driver_version"))
+            format!("{name}, driver {}", smi("driver_version"))
         }
     };
     vec![
@@ -22,7 +22,7 @@ pub fn describe(timer: &Timer) -> Vec<String> {
 pub fn clocks(timer: &Timer) -> String {
     match timer {
         Timer::Wall => format!("{} MHz", processor("cpu MHz")),
-        Timer::Events(_) => nvidia_smi("clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"),
+        Timer::Events(_) => smi("clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"),
     }
 }
 
@@ -33,12 +33,10 @@ fn processor(field: &str) -> String {
         .map_or_else(|| "unknown".to_owned(), |(_, value)| value.trim().to_owned())
 }
 
-fn nvidia_smi(query: &str) -> String {
-    let output =
-        Command::new("nvidia-smi").args([&format!("--query-gpu={query}"), "--format=csv,noheader", "--id=0"]).output();
-    match output {
-        Ok(output) if output.status.success() => format!("{query}: {}", String::from_utf8_lossy(&output.stdout).trim()),
-        _ => "unknown (nvidia-smi did not answer)".to_owned(),
+fn smi(query: &str) -> String {
+    match nvidia_smi::query(query) {
+        Some(answer) => format!("{query}: {answer}"),
+        None => "unknown (nvidia-smi did not answer)".to_owned(),
     }
 }
 

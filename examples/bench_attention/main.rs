@@ -13,6 +13,8 @@ mod contender;
 mod data;
 mod machine;
 mod memory;
+#[path = "../common/nvidia_smi.rs"]
+mod nvidia_smi;
 mod rates;
 mod report;
 mod timer;

@@ -60,8 +60,12 @@ pub fn load<S: DeserializeOwned>(path: &Path, vs: &nn::VarStore, optimizer: &Ada
 
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    serde_json::from_str(&text)
-        .with_context(|| format!("{} is damaged: take another checkpoint, or --restart", path.display()))
+    serde_json::from_str(&text).with_context(|| {
+        format!(
+            "{} is damaged: remove its checkpoint, and training starts from the one before, or anew",
+            path.display()
+        )
+    })
 }
 
 /// All finished checkpoints under `out` by step.

@@ -52,10 +52,12 @@ fn libtorch_headers() -> Result<Vec<File>> {
 
 fn given_files(data: &[PathBuf]) -> Result<Vec<File>> {
     let mut files = Vec::new();
+    // Two directories may hold files of the same name.
+    let above = Path::new("");
     for path in data {
         let metadata = fs::metadata(path).with_context(|| format!("--data {}", path.display()))?;
         if metadata.is_dir() {
-            walk(path, path, &mut files)?;
+            walk(path, if data.len() == 1 { path } else { above }, &mut files)?;
         } else {
             files.push(File { path: path.clone(), name: path.display().to_string(), named: true });
         }

@@ -40,7 +40,7 @@ enum Verb {
         #[arg(long)]
         out: PathBuf,
     },
-    /// Shuffle a corpus in pieces, as a control: then only what is near comes again
+    /// Shuffle a corpus in pieces, as a control: then little comes again from far away
     Shuffle {
         corpus: PathBuf,
         /// Tokens of a piece
@@ -86,7 +86,7 @@ enum Verb {
         /// With --minutes: leave a run that would not be done in time, instead of stopping in it
         #[arg(long, requires = "minutes")]
         whole_runs: bool,
-        /// Between the checkpoints of a run
+        /// Between the checkpoints of a run; with --whole-runs there are none
         #[arg(long, default_value_t = 5.0)]
         checkpoint_minutes: f64,
     },
@@ -133,7 +133,8 @@ impl Command {
                 Ok(())
             }
             Verb::Run { sweep, corpus, out, device, only, minutes, whole_runs, checkpoint_minutes } => {
-                let runs = chosen(Sweep::read(&sweep)?.runs()?, &only)?;
+                let all = Sweep::read(&sweep)?.runs()?;
+                let runs = chosen(all.clone(), &only)?;
                 let limits = Limits {
                     time: minutes.map(duration).transpose()?,
                     whole_runs,
@@ -141,7 +142,7 @@ impl Command {
                 };
                 let (corpus, commit) = (Corpus::read(&corpus)?, environment::commit()?);
                 let device = device.resolve()?;
-                let left = Sweeper { out: &out, corpus: &corpus, device, commit, limits }.sweep(&runs)?;
+                let left = Sweeper { out: &out, corpus: &corpus, device, commit, limits }.sweep(&all, &runs)?;
                 match left {
                     0 => println!("all {} runs are done; the records are in {}", runs.len(), out.display()),
                     left => println!("{left} of {} runs are left; the same command goes on", runs.len()),

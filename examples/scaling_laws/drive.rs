@@ -52,11 +52,14 @@ enum Outcome {
 }
 
 impl Sweeper<'_> {
-    /// Does what is left of `runs`; returns how many are still to be done.
-    pub fn sweep(&self, runs: &[Run]) -> Result<usize> {
-        fs::create_dir_all(self.out).with_context(|| format!("cannot create {}", self.out.display()))?;
+    /// Does what is left of `runs`, a part of the sweep `all`; returns how many are still to be done.
+    pub fn sweep(&self, all: &[Run], runs: &[Run]) -> Result<usize> {
+        let place = self.out.display();
+        fs::create_dir_all(self.out).with_context(|| format!("cannot create {place}"))?;
         for finished in records::read_all(self.out)? {
-            let run = runs.iter().find(|run| run.name() == finished.header.run.name()).unwrap_or(&finished.header.run);
+            let name = finished.header.run.name();
+            let run = all.iter().find(|run| run.name() == name);
+            let run = run.with_context(|| format!("{place} holds the run {name}, which is not of this sweep"))?;
             self.belongs(&finished.header, &self.header(run))?;
         }
         let mut left: Vec<&Run> = Vec::new();
@@ -154,10 +157,13 @@ impl Sweeper<'_> {
             let stop = late(Instant::now());
             if self.limits.whole_runs && (stop || warm && late(Instant::now() + needed)) {
                 progress.put_off(run, needed);
-                writer.discard()?;
+                // With a checkpoint of an earlier call it goes on from there.
+                if checkpoint::newest(&checkpoints)?.is_none() {
+                    writer.discard()?;
+                }
                 return Ok(Outcome::PutOff);
             }
-            if stop || saved.elapsed() >= self.limits.checkpoint {
+            if stop || !self.limits.whole_runs && saved.elapsed() >= self.limits.checkpoint {
                 let State { step, .. } = trainer.state;
                 checkpoint::save(
                     &checkpoints,
@@ -209,7 +215,7 @@ mod tests {
     fn sweep(folder: &Path, corpus: &Corpus, time: Option<Duration>, whole_runs: bool, commit: &str) -> Result<usize> {
         let limits = Limits { time, whole_runs, checkpoint: Duration::from_secs(3600) };
         let runs = Sweep::parse(SWEEP)?.runs()?;
-        Sweeper { out: folder, corpus, device: Device::Cpu, commit: commit.into(), limits }.sweep(&runs)
+        Sweeper { out: folder, corpus, device: Device::Cpu, commit: commit.into(), limits }.sweep(&runs, &runs)
     }
 
     /// Losses and steps of all records, which do not depend on the clock.
@@ -275,6 +281,14 @@ mod tests {
         let left = sweep(&folder, &corpus(), Some(Duration::from_millis(1)), true, "a").unwrap();
         assert_eq!(left, 2);
         assert_eq!(fs::read_dir(&folder).unwrap().count(), 0);
+        // Neither is what an earlier call has done of it lost.
+        assert_eq!(sweep(&folder, &corpus(), Some(Duration::from_nanos(1)), false, "a").unwrap(), 2);
+        assert_eq!(sweep(&folder, &corpus(), Some(Duration::from_nanos(1)), true, "a").unwrap(), 2);
+        assert!(folder.join("64-tiny-moba-0.checkpoint").exists());
+        assert_eq!(sweep(&folder, &corpus(), None, false, "a").unwrap(), 0);
+        let whole = folder.join("whole");
+        sweep(&whole, &corpus(), None, false, "a").unwrap();
+        assert_eq!(numbers(&folder), numbers(&whole));
         fs::remove_dir_all(folder).unwrap();
     }
 }

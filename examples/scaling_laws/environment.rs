@@ -5,6 +5,8 @@ use std::{env, fs, process::Command};
 use anyhow::{Result, ensure};
 use tch::Device;
 
+use crate::nvidia_smi;
+
 /// The commit: `MOBA_COMMIT` where a bundle says it, else that of the git checkout in which the program runs.
 pub fn commit() -> Result<String> {
     if let Some(commit) = env::var("MOBA_COMMIT").ok().filter(|commit| !commit.is_empty()) {
@@ -20,11 +22,7 @@ pub fn commit() -> Result<String> {
 
 pub fn device(device: Device) -> String {
     match device {
-        Device::Cuda(index) => {
-            let index = format!("--id={index}");
-            output("nvidia-smi", &["--query-gpu=name", "--format=csv,noheader", &index])
-                .unwrap_or_else(|| "unknown GPU".to_owned())
-        }
+        Device::Cuda(_) => nvidia_smi::query("name").unwrap_or_else(|| "unknown GPU".to_owned()),
         _ => {
             let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
             let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));

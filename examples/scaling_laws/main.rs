@@ -2,6 +2,8 @@
 //! to each (arXiv 2502.13189, section 3.1).
 //!
 //!     scaling_laws corpus --data sources/ --vocab 4096 --out corpus.safetensors
+//!     scaling_laws repeats corpus.safetensors
+//!     scaling_laws shuffle corpus.safetensors --out pieces/corpus.safetensors
 //!     scaling_laws plan sweep.toml
 //!     scaling_laws run sweep.toml --corpus corpus.safetensors --out runs --device cuda
 //!     scaling_laws fit runs --out charts
@@ -24,6 +26,8 @@ mod drive;
 mod environment;
 mod fit;
 mod law;
+#[path = "../common/nvidia_smi.rs"]
+mod nvidia_smi;
 #[path = "../common/optimizer.rs"]
 mod optimizer;
 mod plan;

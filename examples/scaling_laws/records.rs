@@ -93,18 +93,28 @@ pub fn read_all(folder: &Path) -> Result<Vec<Finished>> {
     paths.sort();
     let runs: Vec<_> = paths.iter().map(|path| read(path)).collect::<Result<_>>()?;
     let runs: Vec<_> = runs.into_iter().flatten().collect();
-    for run in &runs {
-        comparable(&runs[0].header, &run.header)?;
+    for (index, run) in runs.iter().enumerate() {
+        runs[..index].iter().try_for_each(|other| comparable(&other.header, &run.header))?;
     }
     Ok(runs)
 }
 
-/// Refuses to mix runs on other text, with other tokens or of other source.
+/// Refuses to mix runs on other text, with other tokens, of other source, or trained or measured in another way.
 pub fn comparable(one: &Header, other: &Header) -> Result<()> {
+    let (run, beside) = (&one.run, &other.run);
     let difference = one
         .text
         .difference(&other.text)
-        .or_else(|| (one.commit != other.commit).then(|| format!("commit {} and {}", one.commit, other.commit)));
+        .or_else(|| (one.commit != other.commit).then(|| format!("commit {} and {}", one.commit, other.commit)))
+        .or_else(|| (run.recipe != beside.recipe).then(|| format!("{:?} and {:?}", run.recipe, beside.recipe)))
+        .or_else(|| {
+            let [here, there] = [run, beside].map(|run| run.held_out_tokens);
+            (here != there).then(|| format!("held_out_tokens {here} and {there}"))
+        })
+        .or_else(|| {
+            let other_blocks = run.seqlen == beside.seqlen && run.moba != beside.moba;
+            other_blocks.then(|| format!("{:?} and {:?}", run.moba, beside.moba))
+        });
     match difference {
         Some(difference) => bail!("{} and {} do not belong together: {difference}", one.run.name(), other.run.name()),
         None => Ok(()),
@@ -184,6 +194,8 @@ pub fn example(seqlen: i64, policy: &str, hidden: i64, seed: u64) -> Header {
 
 #[cfg(test)]
 mod tests {
+    use tch_moba::MobaConfig;
+
     use super::*;
 
     fn record(step: u64) -> Record {
@@ -231,5 +243,8 @@ mod tests {
         assert_eq!(refusal(|header| header.text.corpus = "d".into()), format!("{names}corpus c and d"));
         assert_eq!(refusal(|header| header.text.tokenizer = "u".into()), format!("{names}tokenizer t and u"));
         assert_eq!(refusal(|header| header.commit = "abd".into()), format!("{names}commit abc and abd"));
+        assert_eq!(refusal(|header| header.run.held_out_tokens = 1), format!("{names}held_out_tokens 16384 and 1"));
+        assert!(refusal(|header| header.run.recipe.lr = 1.0).contains("lr: 1.0"));
+        assert!(refusal(|header| header.run.moba = MobaConfig::new(32, 7).unwrap()).contains("top_k: 7"));
     }
 }

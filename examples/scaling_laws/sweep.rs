@@ -138,7 +138,11 @@ impl Sweep {
                             recipe: self.recipe,
                         };
                         run.check().with_context(|| format!("run {}", run.name()))?;
-                        ensure!(names.insert(run.name()), "the sweep asks for the run {} twice", run.name());
+                        ensure!(
+                            names.insert(run.name()),
+                            "the sweep asks for the run {} twice: a name says tokens, size, policy and seed",
+                            run.name()
+                        );
                         runs.push(run);
                     }
                 }
@@ -170,6 +174,10 @@ impl Run {
             ("held_out_tokens", held_out_tokens),
         ] {
             ensure!(tokens >= length, "{name} must hold at least one sequence of {seqlen} tokens, got {tokens}");
+            ensure!(
+                tokens % length == 0 || name == "pass_tokens",
+                "{name} must be a multiple of the {seqlen} tokens of a sequence, got {tokens}"
+            );
         }
         let (rows, pass) = (self.rows(), self.pass_rows());
         ensure!(
@@ -288,7 +296,9 @@ mod tests {
         let warmup = change("warmup = 0.05", "warmup = 1.5");
         assert!(warmup.contains("run 512-25K-moba-0: warmup must be a share of the run below 1, got 1.5"), "{warmup}");
         let seeds = change("seeds = [0]", "seeds = [0, 0]");
-        assert_eq!(seeds, "the sweep asks for the run 512-25K-moba-0 twice");
+        assert!(seeds.starts_with("the sweep asks for the run 512-25K-moba-0 twice: "), "{seeds}");
+        let batch = change("batch_tokens = 2048", "batch_tokens = 2049");
+        assert!(batch.contains("batch_tokens must be a multiple of the 512 tokens of a sequence, got 2049"), "{batch}");
     }
 
     #[test]

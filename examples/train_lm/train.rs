@@ -158,10 +158,11 @@ impl<'a> Trainer<'a> {
                 bar.suspend(|| println!("step {step:>6}  held-out loss {loss:.4}"));
                 self.draw(&metrics)?;
             }
+            // A resumed run repeats no step before its checkpoint, so their records come first.
+            metrics.flush()?;
             if save {
                 checkpoint::save(&args.out, step, &self.state, self.model.config(), &self.vs, &self.optimizer)?;
             }
-            metrics.flush()?;
             interval = Instant::now();
         }
         bar.finish_and_clear();

@@ -49,7 +49,7 @@ pub struct RopeParameters {
     /// Only `default`, which is no scaling, is built.
     #[serde(alias = "type")]
     pub rope_type: Option<String>,
-    /// Overrides the configuration's `rope_theta`.
+    /// That of `rope_parameters` overrides the configuration's `rope_theta`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rope_theta: Option<f64>,
 }
@@ -130,6 +130,10 @@ impl LlamaConfig {
                 return wrong(format!("{name} must be null or of type \"default\", got type {rope_type:?}"));
             }
         }
+        // Without a type it would be an unknown scaling, silently left out.
+        if self.rope_scaling.as_ref().is_some_and(|rope| rope.rope_type.is_none()) {
+            return wrong("rope_scaling must be null or of type \"default\", got one without a type".to_owned());
+        }
         let layers = i64::try_from(self.num_hidden_layers).unwrap_or(i64::MAX);
         for (name, value) in [
             ("vocab_size", self.vocab_size),
@@ -167,6 +171,6 @@ impl LlamaConfig {
         if !(self.rope_theta().is_finite() && self.rope_theta() > 0.0) {
             return wrong(format!("rope_theta must be positive and finite, got {}", self.rope_theta()));
         }
-        Ok(())
+        self.policy.check()
     }
 }

@@ -101,6 +101,10 @@ fn config_of_another_model_is_refused() {
         (r#"{"model_type": "gpt2"}"#, r#"model_type must be "llama", got "gpt2""#),
         (r#"{"hidden_act": "gelu"}"#, r#"hidden_act must be "silu", got "gelu""#),
         (r#"{"rope_scaling": {"type": "linear", "factor": 2.0}}"#, r#"rope_scaling must be null or of type "default""#),
+        (
+            r#"{"rope_scaling": {"factor": 2.0}}"#,
+            r#"rope_scaling must be null or of type "default", got one without a type"#,
+        ),
         (r#"{"rope_parameters": {"rope_type": "llama3"}}"#, r#"got type "llama3""#),
         (
             r#"{"num_key_value_heads": 5}"#,

@@ -1,8 +1,11 @@
 //! Which attention runs in which layer at which time: tables, text forms and refusals.
 
+use tch::{Device, nn};
 use tch_moba::{
+    Attention, AttentionConfig,
     AttentionKind::{self, Full, Moba},
     HybridPolicy, Phase, Step,
+    llama::LlamaConfig,
 };
 
 fn kinds(policy: &HybridPolicy, num_layers: usize, step: Step) -> Vec<AttentionKind> {
@@ -94,5 +97,13 @@ fn refusals() {
         let error = HybridPolicy::two_stage(switch_at).unwrap_err().to_string();
         assert!(error.contains(&switch_at.to_string()), "{error}");
         HybridPolicy::hybrid(1, switch_at).unwrap_err();
+        // Written down by its fields, it is refused where it is used.
+        let policy = HybridPolicy::TwoStage { switch_at };
+        let layer = Attention::new(
+            nn::VarStore::new(Device::Cpu).root(),
+            AttentionConfig { policy: policy.clone(), ..AttentionConfig::new(8, 2) },
+        );
+        assert_eq!(layer.unwrap_err().to_string(), error);
+        assert_eq!(LlamaConfig { policy, ..LlamaConfig::default() }.check().unwrap_err().to_string(), error);
     }
 }

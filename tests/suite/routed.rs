@@ -94,7 +94,7 @@ fn a_block_named_twice_counts_once() {
             let current = Tensor::arange(case.seqlen_q, (Kind::Int, device));
             let current = current.divide_scalar_mode(case.block_size, "floor").to_kind(Kind::Int);
             let current = current.view([1, 1, -1, 1]).expand([1, case.heads, -1, 1], false).contiguous();
-            let (previous, first): (Tensor, Tensor) = (&current - 1, &current * 0);
+            let (previous, first): (Tensor, Tensor) = (&current - 1, current.zeros_like());
             let once = run(&Tensor::cat(&[&current, &previous, &first], 3));
             // New names in the same order, which is the order of the sums.
             for slots in [

@@ -37,7 +37,8 @@ pub struct AttentionConfig {
 }
 
 impl AttentionConfig {
-    /// As many key heads as query heads, `head_dim = hidden_size / num_heads` rounded down, no bias, default MoBA in the only layer.
+    /// As many key heads as query heads, `head_dim = hidden_size / num_heads` rounded down, no bias, default MoBA in the
+    /// only layer.
     pub fn new(hidden_size: i64, num_heads: i64) -> Self {
         Self {
             hidden_size,

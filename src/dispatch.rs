@@ -117,8 +117,8 @@ unsafe extern "C" {
     fn moba_autocast_set(device: i32, enabled: i32, dtype: i32, nesting: i32) -> *mut c_char;
 }
 
-/// Registers the `moba` operators with libtorch. Every function of this crate that uses them calls it; a program that only loads
-/// TorchScript models which use the operators must call it once itself.
+/// Registers the `moba` operators with libtorch. Every function of this crate that uses them calls it; a program that
+/// only loads TorchScript models which use the operators must call it once itself.
 pub fn ensure_loaded() {
     static LOADED: Once = Once::new();
     LOADED.call_once(|| {

@@ -35,7 +35,8 @@
 //! | device | x86-64 | compute capability 8.0 and newer |
 //!
 //! Wrong input is an [`Error`] that names the argument, what was wanted and what was given. [`select`] tells which backend
-//! takes given tensors and why another refuses them; with a `tracing` subscriber at debug level [`moba_attention`] says so.
+//! takes given tensors and why another refuses them; with a `tracing` subscriber at debug level [`moba_attention`] says
+//! so.
 
 #![deny(missing_docs, unsafe_code)]
 

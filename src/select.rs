@@ -65,8 +65,9 @@ impl fmt::Display for Selection {
     }
 }
 
-/// Says which backend [`moba_attention`](crate::moba_attention) runs for these tensors and why it runs no other; where
-/// autocast is on, for what it makes of them. `moba_attention` logs it with `tracing::debug!`.
+/// Says which backend [`moba_attention`](crate::moba_attention) runs for these tensors and why it runs no other.
+/// Autocast is left out of account: where it is on, ask for tensors of its dtype. `moba_attention` logs the answer with
+/// `tracing::debug!`.
 ///
 /// ```
 /// use tch::{Device, Kind, Tensor};

@@ -13,8 +13,8 @@ const HELD_OUT: u64 = 32;
 /// Ends a document; text holds no NUL bytes.
 pub const SEPARATOR: u8 = 0;
 
-/// The documents of `data`, or of the C++ headers of libtorch if it is empty, by name. Files of one directory are joined
-/// up to `document_bytes`.
+/// The documents of `data`, or of the C++ headers of libtorch if it is empty, by the path of their first file. Files of
+/// one directory are joined up to `document_bytes`.
 pub fn documents(data: &[PathBuf], document_bytes: usize) -> Result<BTreeMap<String, Vec<u8>>> {
     join(if data.is_empty() { libtorch_headers()? } else { given_files(data)? }, document_bytes)
 }
@@ -52,12 +52,10 @@ fn libtorch_headers() -> Result<Vec<File>> {
 
 fn given_files(data: &[PathBuf]) -> Result<Vec<File>> {
     let mut files = Vec::new();
-    // Two directories may hold files of the same name.
-    let above = Path::new("");
     for path in data {
         let metadata = fs::metadata(path).with_context(|| format!("--data {}", path.display()))?;
         if metadata.is_dir() {
-            walk(path, if data.len() == 1 { path } else { above }, &mut files)?;
+            walk(path, path, &mut files)?;
         } else {
             files.push(File { path: path.clone(), name: path.display().to_string(), named: true });
         }
@@ -104,7 +102,8 @@ fn join(mut files: Vec<File>, document_bytes: usize) -> Result<BTreeMap<String, 
             Some((directory, key)) if *directory == parent && documents[key].len() + text.len() <= document_bytes => {
                 key.clone()
             }
-            _ => name.clone(),
+            // Not by its name: two directories on the command line may hold files of the same one.
+            _ => path.display().to_string(),
         };
         let document = documents.entry(key.clone()).or_default();
         document.extend_from_slice(format!("=== {name}\n").as_bytes());

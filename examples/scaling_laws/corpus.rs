@@ -78,7 +78,7 @@ pub fn build(data: &[std::path::PathBuf], vocab_size: usize, out: &Path) -> Resu
 }
 
 /// Writes the corpus `from` to `out` in pieces of so many tokens, shuffled within the training and the held-out part: the
-/// same text, in which nothing comes back from far away.
+/// same text, in which little comes back from far away.
 pub fn shuffle(from: &Path, piece: usize, out: &Path) -> Result<()> {
     ensure!(from.parent() != out.parent(), "--out wants another folder: tokenizer.json is written beside it");
     let tokenizer = from.with_file_name("tokenizer.json");
@@ -180,6 +180,19 @@ pub fn of_tokens(train: Vec<i16>, held_out: Vec<i16>, vocab_size: i64) -> Result
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn directories_are_documents_of_their_own() {
+        let folder = std::env::temp_dir().join(format!("scaling-text-{}", std::process::id()));
+        let data = ["a", "b"].map(|name| folder.join(name));
+        for directory in &data {
+            fs::create_dir_all(directory).unwrap();
+            fs::write(directory.join("same.txt"), "text\n").unwrap();
+        }
+        let documents = text::documents(&data, DOCUMENT_BYTES).unwrap();
+        assert_eq!(documents.into_values().collect::<Vec<_>>(), [b"=== same.txt\ntext\n"; 2]);
+        fs::remove_dir_all(folder).unwrap();
+    }
 
     #[test]
     fn shuffled_in_whole_pieces() {

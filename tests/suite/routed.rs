@@ -1,7 +1,7 @@
 //! Attention over a routing that the caller gives, also one that `route` would never return.
 
 use rand::{Rng, SeedableRng, rngs::StdRng};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 use tch_moba::{MobaConfig, routed_attention};
 
 use crate::{
@@ -108,6 +108,30 @@ fn a_block_named_twice_counts_once() {
                 }
                 assert_same_bits(&"out", &once.out, &often.out);
             }
+        }
+    }
+}
+
+/// No query, a few, one tile of queries short of full, full and just beyond: of blocks that kernels keep whole, and of
+/// larger ones that they stream past two tiles of queries.
+#[test]
+fn lists_of_every_length() {
+    for device in devices() {
+        for (kind, block_size) in [(Kind::Float, 16), (Kind::BFloat16, 64), (Kind::Half, 128), (Kind::BFloat16, 144)] {
+            let (heads, past) = (10, 14);
+            let case = Case::new((past + 1) * block_size, 64, block_size, 1).heads(heads, heads).queries(140);
+            let case = if block_size < 140 { case.queries(block_size) } else { case };
+            let inputs = case.inputs(8, kind, device);
+            // The first queries choose a block, as many as the lists of the blocks before it are many.
+            let length = Tensor::arange(heads * past, (Kind::Int64, Device::Cpu)).view([heads, 1, past]);
+            let row = Tensor::arange(case.seqlen_q, (Kind::Int64, Device::Cpu)).view([1, -1, 1]);
+            let block = Tensor::arange(past, (Kind::Int, Device::Cpu)).view([1, 1, -1]);
+            let chosen = block.where_self(&row.less_tensor(&length), &Tensor::from(-1i32));
+            let current = Tensor::full([heads, case.seqlen_q, 1], past, (Kind::Int, Device::Cpu));
+            let chosen = Tensor::cat(&[chosen, current], 2).unsqueeze(0).to_device(device);
+            let ours = Results::of(&inputs, |q, k, v| routed_attention(q, k, v, &chosen, &case.config()).unwrap());
+            let what = format!("{case:?} {kind:?} on {device:?}");
+            assert_as_good(&what, &case, &inputs, &chosen, scale(&case), &ours);
         }
     }
 }

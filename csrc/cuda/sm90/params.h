@@ -16,6 +16,12 @@ constexpr int64_t kMaxGroup = int64_t(1) << (32 - kRowBits);
 constexpr int32_t kUnused = -1;   // no block, or one that an earlier slot or the contract rules out
 constexpr int32_t kCurrent = -2;  // the block that holds the query
 
+// The past stage keeps the keys of a block of up to so many in shared memory. It streams larger ones past two tiles of
+// queries at a time, and a visit to one tile takes as long: their lists are counted in whole pairs of tiles.
+constexpr int64_t kMaxResident = 128;
+constexpr int kStreamedTiles = 2;
+constexpr int tiles_together(const Shape& shape) { return shape.block_size <= kMaxResident ? 1 : kStreamedTiles; }
+
 // For every block of every key head, the queries of later blocks that chose it, ordered by head and row. The current
 // block of a query is in no list: all its keys and queries are neighbours.
 struct PastLists {
@@ -23,7 +29,7 @@ struct PastLists {
   int64_t chunks;       // each key head's queries are sorted in this many independent parts
   int32_t* counts;      // [units_k, chunks, blocks]; afterwards the first two hand out the work of the past stage
   int32_t* list_begin;  // [units_k, blocks + 1]: first entry of each list
-  int32_t* tile_begin;  // [units_k, blocks + 1]: the lists, counted in tiles of kListTile entries
+  int32_t* tile_begin;  // [units_k, blocks + 1]: the lists in tiles of kListTile entries, see tiles_together
   uint32_t* entries;    // [units_k, capacity]
   int32_t* positions;   // [units_k, heads per key head, rows, slots]
 };

@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   }
   cluster_arrive();
   Sums total, own_total;
-  const Sums list = of_list(length), lists = scan_cta<kClusterWords>(list, warps, total);
+  const Sums list = of_list(length, tiles_together(p.shape)), lists = scan_cta<kClusterWords>(list, warps, total);
   const Sums own_lists = scan_cta<kClusterWords>({rows, 0}, warps, own_total);
   const int32_t begin = lists.entries - list.entries;
   if (thread < window) {

@@ -26,8 +26,9 @@ __device__ __forceinline__ Sums scan_warp(Sums sums) {
   for (int offset = 1; offset < 32; offset *= 2) sums = sums + shift_up(sums, offset);
   return sums;
 }
-__device__ __forceinline__ Sums of_list(int32_t length) {
-  return {length, (length + static_cast<int>(kListTile) - 1) / static_cast<int>(kListTile)};
+__device__ __forceinline__ Sums of_list(int32_t length, int together) {
+  const int32_t each = static_cast<int32_t>(kListTile) * together;
+  return {length, (length + each - 1) / each * together};
 }
 
 // The sum over this thread and those before it; `total` over all.
@@ -62,6 +63,7 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(const __grid_constan
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int rank = blockIdx.x % kScanCtas, local = blockIdx.x / kScanCtas;
   const int blocks = static_cast<int>(p.shape.blocks());
+  const int together = tiles_together(p.shape);
   const int range = (blocks + 32 * kScanCtas - 1) / (32 * kScanCtas) * 32;
   const int begin = min(rank * range, blocks), end = min(begin + range, blocks);
   int32_t* counts = p.lists.counts + static_cast<int64_t>(local) * chunks * blocks;
@@ -111,7 +113,7 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(const __grid_constan
 
   Sums before{0, 0}, total{0, 0};
   for (int block = begin + threadIdx.x; block < end; block += kScanThreads)
-    before = before + of_list(list_begin[block]);
+    before = before + of_list(list_begin[block], together);
   scan_cta<kScanThreads / 32>(before, warps, total);
   if (threadIdx.x == 0) range_sums = total;
   cluster_sync();
@@ -125,7 +127,7 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(const __grid_constan
   cluster_sync();  // the others' memory stays until all have read it
   for (int block0 = begin; block0 < end; block0 += kScanThreads) {
     const int block = block0 + threadIdx.x;
-    const Sums own = of_list(block < end ? list_begin[block] : 0);
+    const Sums own = of_list(block < end ? list_begin[block] : 0, together);
     const Sums all = before + scan_cta<kScanThreads / 32>(own, warps, total);
     if (block < end) {
       list_begin[block] = all.entries - own.entries;

@@ -25,7 +25,7 @@ auto with_kernel(const Shape& shape, Dtype dtype, F f) {
     using T = typename decltype(type)::type;
     constexpr int kHeadDim = decltype(head_dim)::value;
     if (shape.block_size <= 64) return f(Past<T, kHeadDim, 64, true>{}, 64);
-    if (shape.block_size <= 128) return f(Past<T, kHeadDim, 128, true>{}, 128);
+    if (shape.block_size <= kMaxResident) return f(Past<T, kHeadDim, 128, true>{}, 128);
     return f(Past<T, kHeadDim, 128, false>{}, 128);
   };
   const auto by_head_dim = [&](auto type) {

@@ -14,7 +14,8 @@ constexpr int kGatherers = 2;  // warps
 template <class T, int kHeadDim, int kKeys, bool kResident>
 struct Producer {
   using P = Plan<kHeadDim, kKeys, kResident>;
-  static constexpr int kTogether = kResident ? 1 : P::kConsumers;
+  static constexpr int kTogether = kResident ? 1 : kStreamedTiles;
+  static_assert(kStreamedTiles == P::kConsumers);
 
   const PastParams& p;
   const Schedule& schedule;
@@ -89,11 +90,10 @@ struct Producer {
         const T* queries = static_cast<const T*>(p.q.data) + unit_k / schedule.heads_k * p.q.group +
                            static_cast<int64_t>(unit_k % schedule.heads_k) * schedule.group * p.q.head;
         for_each_item(lists, tile, end, [&](const Item& item) {
-          const int rounded = (item.tiles + kTogether - 1) / kTogether * kTogether;
 #pragma unroll 1
-          for (int t = 0; t < rounded; ++t) {
+          for (int t = 0; t < item.tiles; ++t) {
             const int first = item.first_entry + t * kRows;
-            const int count = t < item.tiles ? min(kRows, item.list_end - first) : 0;
+            const int count = max(min(kRows, item.list_end - first), 0);
             int releases = t + P::kConsumers >= item.tiles;
             if (t + 1 == item.tiles) releases += max(P::kConsumers - item.tiles, 0);
             const int from = min(first, item.list_end - 1);
@@ -190,7 +190,7 @@ struct Producer {
         const int head = unit_k % schedule.heads_k, group = unit_k / schedule.heads_k;
         for_each_item(lists, tile, end, [&](const Item& item) {
           const int begin = sequences.first_key(item.block);
-          const int visits = kResident ? 1 : (item.tiles + P::kConsumers - 1) / P::kConsumers;
+          const int visits = kResident ? 1 : item.tiles / kTogether;
           for (int visit = 0; visit < visits; ++visit) {
             for (int step = 0; step < (kResident ? 1 : schedule.steps); ++step) {
               load_step(ring, full.slot, begin + step * kKeys, kResident || step + 1 == schedule.steps, head, group);

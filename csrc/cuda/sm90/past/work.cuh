@@ -35,15 +35,13 @@ struct UnitLists {
     }
     return low;
   }
-
-  // Where a share may begin: streamed blocks are cut at multiples of kTogether tiles only.
-  template <int kTogether>
-  __device__ __forceinline__ int cut(int tile) const {
-    if (kTogether == 1 || tile <= 0 || tile >= tiles()) return tile;
-    const int block = block_of(tile), begin = this->tile(block);
-    return min(begin + (tile - begin + kTogether - 1) / kTogether * kTogether, this->tile(block + 1));
-  }
 };
+
+// Where a share may begin: every list has a multiple of kTogether tiles, and is cut at multiples only.
+template <int kTogether>
+__device__ __forceinline__ int cut(int tile) {
+  return (tile + kTogether - 1) / kTogether * kTogether;
+}
 
 // Calls f(local unit, lists, first tile, end tile) for the tiles of a share, of which there are schedule.shares(): see
 // Schedule.
@@ -66,7 +64,7 @@ __device__ __forceinline__ void for_each_part(const PastParams& p, const Schedul
     const UnitLists lists(p, schedule, local);
     const int tiles = lists.tiles();
     if (from < tiles && from < to) {
-      const int begin = lists.cut<kTogether>(max(from, 0)), after = lists.cut<kTogether>(min(to, tiles));
+      const int begin = cut<kTogether>(max(from, 0)), after = cut<kTogether>(min(to, tiles));
       if (begin < after) f(local, lists, begin, after);
     }
     from -= tiles;

@@ -38,6 +38,32 @@ fn the_same_bits_as_alone() {
     }
 }
 
+/// Different shapes at once, whose kernels are the same and need more or less shared memory.
+#[test]
+fn each_thread_has_a_shape_of_its_own() {
+    for device in devices() {
+        let shapes = [(3200, 16), (160, 16), (1600, 16), (480, 16)];
+        let threads: Vec<_> = shapes
+            .into_iter()
+            .map(|(seqlen, block_size)| {
+                thread::spawn(move || {
+                    let case = Case::new(seqlen, 64, block_size, 4).heads(1, 1);
+                    let config = case.config().with_deterministic(true);
+                    let inputs = case.inputs(1, Kind::BFloat16, device);
+                    let run = || Results::of(&inputs, |q, k, v| moba_attention_with_lse(q, k, v, &config).unwrap());
+                    let first = run();
+                    for _ in 0..if device.is_cuda() { 100 } else { 1 } {
+                        for ((name, a), (_, b)) in run().named().iter().zip(first.named()) {
+                            assert_same_bits(&format!("{name} of {case:?} on {device:?}"), a, b);
+                        }
+                    }
+                })
+            })
+            .collect();
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+    }
+}
+
 /// Long enough that several threads share a head, with blocks of several tiles and with many queries for one block.
 #[test]
 fn the_same_bits_on_any_number_of_threads() {

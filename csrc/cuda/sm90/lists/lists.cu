@@ -16,14 +16,21 @@ int window_of(const Shape& shape, int each) {
   return static_cast<int>(std::min<int64_t>(ceil_divide(shape.blocks(), 32) * 32, each * kSortThreads));
 }
 
+// `most`: of any shape. A limit of one call's own could be lowered by another thread's before the launch.
+template <class Kernel>
+cudaError_t allow_shared_memory(Kernel kernel, int most) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+}
+
 template <bool kPlace, int kEach>
 cudaError_t launch_sort(const PastListsParams& p, const Sort& sort, cudaStream_t stream) {
   const int64_t slots = p.shape.slots;
   const auto kernel = slots <= 4              ? sort_kernel<4, kPlace, kEach>
                       : slots <= kStagedSlots ? sort_kernel<kStagedSlots, kPlace, kEach>
                                               : sort_kernel<0, kPlace, kEach>;
-  const int bytes = Window::bytes(sort.window, kPlace && slots <= kStagedSlots);
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const bool staged = kPlace && slots <= kStagedSlots;
+  const int bytes = Window::bytes(sort.window, staged), most = Window::bytes(kEach * kSortThreads, staged);
+  const cudaError_t status = allow_shared_memory(kernel, most);
   if (status != cudaSuccess) return status;
   const int64_t grid = p.lists.units_k.count * sort.chunks;
   if (grid > INT32_MAX) return cudaErrorInvalidValue;
@@ -47,7 +54,7 @@ int64_t cluster_parts(const Shape& shape) {
 cudaError_t launch_cluster(const PastListsParams& p, int64_t parts, cudaStream_t stream) {
   const auto kernel = p.shape.slots <= 4 ? cluster_kernel<4> : cluster_kernel<kStagedSlots>;
   const int window = window_of(p.shape, 1), bytes = ClusterMemory::bytes(window);
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const cudaError_t status = allow_shared_memory(kernel, ClusterMemory::bytes(kClusterBlocks));
   if (status != cudaSuccess) return status;
   const int64_t grid = p.lists.units_k.count * kClusterCtas;
   if (grid > INT32_MAX) return cudaErrorInvalidValue;

@@ -50,13 +50,15 @@ class Layout {
 };
 
 Workspace lay_out(Layout& layout, const Shape& shape, int64_t units_k, const BackwardPlan& plan, int processors) {
-  const int64_t rows = units_k * heads_rows(shape), key_tiles = units_k * shape.blocks() * plan.pass_tiles;
+  const int64_t rows = units_k * heads_rows(shape), key_tiles = units_k * unit_tiles(shape);
   const bool sums = plan.reduce || plan.pass_tiles < block_tiles(shape);
   Workspace work;
   work.heads = static_cast<int32_t>(shape.heads_per_key_head());
   work.rows = heads_rows(shape);
   work.entries = capacity(shape);
   work.partial_rows = partial_rows(shape);
+  work.block_tiles = static_cast<int32_t>(block_tiles(shape));
+  work.unit_tiles = static_cast<int32_t>(unit_tiles(shape));
   work.pass_tiles = static_cast<int32_t>(plan.pass_tiles);
   work.lse = layout.take<float>(rows);
   work.own_lse = layout.take<float>(rows);
@@ -81,7 +83,7 @@ cudaError_t plan_backward(BackwardPlan& plan, const Shape& shape, int64_t units_
   const int64_t tiles = block_tiles(shape);
   plan.reduce =
       !deterministic && (heads_rows(shape) * shape.head_dim * 4 <= reduce_bytes(tiles) || tile_bytes * tiles > bytes);
-  plan.pass_tiles = plan.reduce ? tiles : std::clamp(bytes / tile_bytes, int64_t(1), tiles);
+  plan.pass_tiles = plan.reduce ? tiles : std::clamp(bytes / std::max<int64_t>(1, tile_bytes), int64_t(1), tiles);
   Layout layout(nullptr);
   lay_out(layout, shape, units_k, plan, processors);
   plan.bytes = layout.bytes();

@@ -83,15 +83,15 @@ __global__ void __launch_bounds__(kThreads, 1)
                  const __grid_constant__ Pass pass, int processors) {
   wait_for_earlier();
   let_next_start();
-  const int tiles = static_cast<int>(p.lists.units_k.count * p.shape.blocks() * pass.tiles);
+  const int tiles = static_cast<int>(p.lists.units_k.count) * work.unit_tiles;
   int64_t own = 0;
-  for (int i = threadIdx.x; i < tiles; i += kThreads) own += key_tile(p, pass, i).count;
+  for (int i = threadIdx.x; i < tiles; i += kThreads) own += key_tile(p, work, pass, i).count;
   const int64_t total = sum_of_all(own);
   int64_t query_tiles = 0;
   Counts done{};
   for (int first = 0; first < tiles; first += kThreads) {
     const int index = first + static_cast<int>(threadIdx.x);
-    const Item item = index < tiles ? key_tile(p, pass, index) : Item{};
+    const Item item = index < tiles ? key_tile(p, work, pass, index) : Item{};
     Counts before, all;
     scan({item.count, 0, 0, 0}, before, all);
     const int32_t shares = shares_of(item.count, query_tiles + before.query_tiles, total, processors);

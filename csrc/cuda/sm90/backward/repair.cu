@@ -31,9 +31,10 @@ __global__ void __launch_bounds__(kThreads)
   if (work.counters->broken == 0) return;
   using E = Exact<T, kHeadDim>;
   const E exact(p, work);
-  const Pass pass{0, static_cast<int32_t>(block_tiles(p.shape)), true, true};
-  const uint32_t tiles = static_cast<uint32_t>(p.lists.units_k.count * p.shape.blocks() * pass.tiles);
-  for (uint32_t index = blockIdx.x; index < tiles; index += gridDim.x) repair_keys(exact, key_tile(p, pass, index));
+  const Pass pass{0, work.block_tiles, true, true};
+  const uint32_t tiles = static_cast<uint32_t>(p.lists.units_k.count) * work.unit_tiles;
+  for (uint32_t index = blockIdx.x; index < tiles; index += gridDim.x)
+    repair_keys(exact, key_tile(p, work, pass, index));
   constexpr int kRows = kThreads / E::kLanes;
   const int64_t rows = p.lists.units_k.count * heads_rows(p.shape);
   for (int64_t index = blockIdx.x * kRows + threadIdx.x / E::kLanes; index < rows; index += gridDim.x * kRows) {

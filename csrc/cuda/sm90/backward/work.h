@@ -51,6 +51,8 @@ struct Workspace {
   int32_t heads;          // per key head
   int64_t rows, entries;  // of one key head: of its heads together
   int64_t partial_rows;   // of one key head: its entries, then its rows
+  int32_t block_tiles;    // see below
+  int32_t unit_tiles;     // see below
   int32_t pass_tiles;     // key tiles of a block for which there are partials at a time
 
   float* lse;      // [units_k, heads per key head, rows], to base 2; infinite where a row sees nothing
@@ -71,6 +73,17 @@ constexpr int64_t partial_rows(const Shape& shape) { return capacity(shape) + he
 constexpr int64_t block_tiles(const Shape& shape) {
   const int64_t keys = shape.block_size < shape.keys ? shape.block_size : shape.keys;
   return (keys + kKeyTile - 1) / kKeyTile;
+}
+// Key tiles of a unit are numbered, block after block. In a packed batch those of the sequence with this index, whose
+// keys begin at `key`, begin at sequence_tiles: few numbers stay unused, though the last block of a sequence may be
+// short. That is room for all, as n blocks and a rest of r keys have n T + ceil(r / 128) <= (n + r / block) T + 1
+// tiles.
+constexpr int64_t sequence_tiles(const Shape& shape, int64_t key, int64_t index) {
+  return key * block_tiles(shape) / (shape.block_size < shape.keys ? shape.block_size : shape.keys) + index;
+}
+constexpr int64_t unit_tiles(const Shape& shape) {
+  return shape.cu_seqlens_k == nullptr ? shape.blocks() * block_tiles(shape)
+                                       : sequence_tiles(shape, shape.keys, shape.sequences);
 }
 
 // Work is cut so finely that each of `processors` gets several items, the last ones smaller.

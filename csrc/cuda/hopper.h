@@ -46,11 +46,12 @@ inline sm90::Partials cut_partials(Cutter& cutter, const Shape& shape, const Ran
 }
 
 // Calls f(key heads, memory) for all key heads, as many at a time as kHopperBytes and the device allow for.
-// bytes_of(n): what n of them need.
+// bytes_of(n): what n of them need; some of it, bytes_of(0), does not grow with them.
 template <class Measure, class F>
 void for_key_heads(const Shape& shape, const at::TensorOptions& options, Measure bytes_of, F f) {
   const int64_t units = shape.units_k();
-  int64_t count = std::clamp<int64_t>(kHopperBytes / std::max<int64_t>(1, bytes_of(1)), 1, units);
+  const int64_t fixed = bytes_of(0), each = std::max<int64_t>(1, bytes_of(1) - fixed);
+  int64_t count = std::clamp<int64_t>((kHopperBytes - fixed) / each, 1, units);
   count = ceil_divide(units, ceil_divide(units, count));  // equal chunks
   Tensor memory;
   while (!memory.defined()) {

@@ -1,6 +1,8 @@
 #include <cuda_runtime_api.h>
 
+#include <cfloat>
 #include <mutex>
+#include <sstream>
 
 #include "cuda/sm90/params.h"
 #include "cuda/sm90/refusal.h"
@@ -64,7 +66,12 @@ std::string refusal(const Shape& shape, double softmax_scale, Dtype dtype) {
   if (shape.block_size % 16 != 0) {
     return "block_size: wanted a multiple of 16, got " + std::to_string(shape.block_size);
   }
-  if (!(softmax_scale > 0)) return "softmax_scale: wanted more than 0, got " + std::to_string(softmax_scale);
+  // In float; one that is 0 there would make NaN of the scores that are left out.
+  if (!(softmax_scale >= FLT_MIN)) {
+    std::ostringstream got;
+    got << softmax_scale;
+    return "softmax_scale: wanted more than 0 (1.2e-38 at least), got " + got.str();
+  }
   if (shape.heads_per_key_head() > kMaxGroup) {
     return "heads: wanted at most " + std::to_string(kMaxGroup) + " for each head of k, got " +
            std::to_string(shape.heads_per_key_head());

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
 
 #include <cmath>
 #include <optional>
@@ -191,6 +192,12 @@ inline void check_backward(const Tensor& dout, const Tensor& dlse, const Tensor&
 // Kernels read whole rows: the last dimension must be contiguous, all other strides are free.
 inline Tensor with_contiguous_rows(const Tensor& tensor) {
   return tensor.sym_stride(-1) == 1 || tensor.sym_size(-1) == 1 ? tensor : tensor.contiguous();
+}
+
+// Memory for a result: with contiguous rows too, and otherwise the order of the dimensions of `tensor`. (Where rows
+// overlap, empty_like goes by sizes, and the last dimension may end up elsewhere.)
+inline Tensor empty_rows_like(const Tensor& tensor) {
+  return with_contiguous_rows(at::empty_like(with_contiguous_rows(tensor)));
 }
 
 }  // namespace moba

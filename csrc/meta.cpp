@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor
   check_attend(q, k, v, route, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale);
   const auto options = q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   const auto shape = route.sym_sizes();
-  return {at::empty_like(with_contiguous_rows(q)), at::empty_symint(shape.slice(0, shape.size() - 1), options)};
+  return {empty_rows_like(q), at::empty_symint(shape.slice(0, shape.size() - 1), options)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& dout, const Tensor& dlse, const Tensor& q,
@@ -32,8 +32,7 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& dout, const Ten
                                                    int64_t block_size, double softmax_scale, bool) {
   check_attend(q, k, v, route, cu_seqlens_q, cu_seqlens_k, block_size, softmax_scale);
   check_backward(dout, dlse, q, out, lse, cu_seqlens_q.has_value());
-  return {at::empty_like(with_contiguous_rows(q)), at::empty_like(with_contiguous_rows(k)),
-          at::empty_like(with_contiguous_rows(v))};
+  return {empty_rows_like(q), empty_rows_like(k), empty_rows_like(v)};
 }
 
 }  // namespace

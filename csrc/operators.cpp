@@ -23,7 +23,7 @@ double scale_or_default(std::optional<double> softmax_scale, const Tensor& q) {
 
 // No query can select more blocks than the longest sequence has.
 SymInt clamped_slots(const SymInt& seqlen_k, int64_t block_size, int64_t top_k) {
-  const SymInt blocks = (seqlen_k + (block_size - 1)) / block_size;
+  const SymInt blocks = (seqlen_k - 1) / block_size + 1;
   return blocks.max(1).min(top_k);
 }
 
@@ -51,8 +51,8 @@ std::tuple<Tensor, Tensor> choose_and_attend(const Tensor& q, const Tensor& k, c
     chosen = call_route(q, k, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k, block_size,
                         clamped_slots(seqlen_k, block_size, top_k));
   }
-  // Rounded up, as kernels want multiples of 16.
-  const int64_t attended = all ? (*length + 15) / 16 * 16 : block_size;
+  // Rounded up, as kernels want multiples of 16; a GPU takes fewer tokens than this limit.
+  const int64_t attended = all ? (std::min(*length, int64_t(1) << 31) + 15) / 16 * 16 : block_size;
   return call_attend(q, k, v, chosen, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k, attended, scale, deterministic);
 }
 

@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q_any, const Tensor& k_any, cons
   const Tensor route =
       with_slots(route_any, q_any, k_any, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size);
   const Problem problem = make_problem(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size);
-  const Tensor out = at::empty_like(q);
+  const Tensor out = empty_rows_like(q);
   const Tensor lse = at::empty(problem.per_query_shape(q), at::dtype(at::toOpMathType(q.scalar_type())));
   with_types(q.scalar_type(), [&](auto element, auto unit) {
     attend_all<decltype(element), decltype(unit)>(problem, q, k, v, route, softmax_scale, out, lse);

@@ -70,13 +70,14 @@ struct Backward {
     std::fill_n(static_cast<A*>(scratch.dv), task.keys * head_dim, A(0));
     const bool finite = all_finite(k, task.key_begin, task.key_begin + task.keys, head_dim);
     for_each_panel(task, [&](const Panel& panel) {
-      // Zeros at masked places times something that is not finite would be NaN.
-      if (panel.diagonal && !(finite && finite_queries(panel))) {
+      // Zeros, of masked places and of rows that see nothing, times something that is not finite would be NaN.
+      if ((panel.diagonal && !(finite && finite_queries(panel))) || !all_see(panel)) {
         for_each_row(panel, [&](const Panel& row) {
           scratch.key_rows.load(k, row.key_begin, row.keys);
-          add(row);
+          if (sees(row.first())) add(row);
         });
         scratch.key_rows.load(k, task.key_begin, task.keys);
+        turns.wait(task, panel.first(), panel.last());  // as add does, also for rows left out
       } else {
         add(panel);
       }
@@ -93,6 +94,12 @@ struct Backward {
     });
   }
 
+  // lse = -inf: the row saw no key with a finite score.
+  bool sees(Query query) const { return *lse(query.head, query.row) != -std::numeric_limits<A>::infinity(); }
+  bool all_see(const Panel& panel) const {
+    return std::all_of(panel.queries, panel.queries + panel.count, [&](Query query) { return sees(query); });
+  }
+
   void add(const Panel& panel) {
     const int64_t head_dim = problem.head_dim;
     int64_t visible[kPanelRows];
@@ -101,8 +108,7 @@ struct Backward {
       const auto [head, row] = panel.queries[i];
       row_lse[i] = *lse(head, row);
       row_delta[i] = *delta(head, row);
-      // lse = -inf: the row saw no key with a finite score.
-      visible[i] = row_lse[i] == -std::numeric_limits<A>::infinity() ? 0 : panel.visible(i);
+      visible[i] = panel.visible(i);
     }
     prefetch(panel.all(), dq, head_dim);
     prefetch(panel.next(task), q, head_dim);
@@ -230,7 +236,7 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& dout_any, const
   const Tensor route =
       with_slots(route_any, q_any, k_any, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size);
   const Problem problem = make_problem(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size);
-  const Tensor dq = at::empty_like(q), dk = at::empty_like(k), dv = at::empty_like(v);
+  const Tensor dq = empty_rows_like(q), dk = empty_rows_like(k), dv = empty_rows_like(v);
   with_types(q.scalar_type(), [&](auto element, auto unit) {
     backward_all<decltype(element), decltype(unit)>(problem, dout, dlse, q, k, v, out, lse, route, softmax_scale, dq,
                                                     dk, dv);

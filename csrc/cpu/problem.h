@@ -86,7 +86,8 @@ inline Problem make_problem(const Tensor& q, const Tensor& k, const OptionalTens
                   .heads = q.size(1),
                   .heads_k = k.size(1),
                   .head_dim = q.size(-1),
-                  .block_size = block_size,
+                  // One block as long as all keys serves for any longer one.
+                  .block_size = std::min(block_size, std::max<int64_t>(1, k.size(cu_seqlens_q.has_value() ? 0 : 2))),
                   .sequences = {}};
   const auto add = [&](Sequence sequence) {
     sequence.first_block = problem.blocks;

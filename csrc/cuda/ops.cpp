@@ -141,29 +141,29 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q_any, const Tensor& k_any, cons
   const bool routed = route_any.size(-1) > 0;
   if (!routed) check_boundaries(q_any, k_any, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
   const Problem problem(q_any, k_any, cu_seqlens_q, cu_seqlens_k, block_size, route_any.size(-1));
-  const auto lse_sizes = route_any.sizes().slice(0, route_any.dim() - 1);
-  if (!problem.empty() && sm90::refusal(problem.shape(), softmax_scale, problem.dtype()).empty()) {
-    const Tensor q = problem.regular_q(q_any), k = problem.regular_k(k_any), v = problem.regular_k(v_any);
-    const Tensor out = at::empty_like(q), lse = at::empty(lse_sizes, accumulator(q));
-    attend_hopper(problem, q, k, v, route_any.contiguous(), max_seqlen_q, max_seqlen_k, softmax_scale, out, lse);
-    return {out, lse};
-  }
-  if (!routed) {
+  const bool hopper = !problem.empty() && sm90::refusal(problem.shape(), softmax_scale, problem.dtype()).empty();
+  if (!hopper && !routed) {
     return attend(
         q_any, k_any, v_any,
         with_slots(route_any, q_any, k_any, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size),
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size, softmax_scale, deterministic);
   }
+  const Tensor out = empty_rows_like(q_any);
+  const Tensor lse = at::empty(route_any.sizes().slice(0, route_any.dim() - 1), accumulator(q_any));
+  if (problem.empty() || problem.unchecked()) {
+    out.zero_();
+    lse.fill_(-std::numeric_limits<double>::infinity());
+  }
+  if (problem.empty()) return {out, lse};
+  if (hopper) {
+    const Tensor q = problem.regular_q(q_any), k = problem.regular_k(k_any), v = problem.regular_k(v_any);
+    attend_hopper(problem, q, k, v, route_any.contiguous(), max_seqlen_q, max_seqlen_k, softmax_scale, out, lse);
+    return {out, lse};
+  }
 
   const Tensor q = with_contiguous_rows(q_any), k = with_contiguous_rows(k_any), v = with_contiguous_rows(v_any);
   const Tensor route = route_any.contiguous();
   const Shape& shape = problem.shape();
-
-  const Tensor out = at::empty_like(q);
-  const Tensor lse = at::empty(lse_sizes, accumulator(q));
-  if (problem.empty()) {
-    return {out.zero_(), lse.fill_(-std::numeric_limits<double>::infinity())};
-  }
 
   ListMemory memory(shape);
   Tensor partial_out, partial_lse;
@@ -216,20 +216,21 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& dout_any, const
   const Tensor route =
       with_slots(route_any, q_any, k_any, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_size);
   const Problem problem(q_any, k_any, cu_seqlens_q, cu_seqlens_k, block_size, route.size(-1));
-  if (!problem.empty() && sm90::refusal(problem.shape(), softmax_scale, problem.dtype()).empty()) {
+  const Tensor dq = empty_rows_like(q_any), dk = empty_rows_like(k_any), dv = empty_rows_like(v_any);
+  if (problem.empty() || problem.unchecked()) {
+    for (const Tensor& gradient : {dq, dk, dv}) gradient.zero_();
+  }
+  if (problem.empty()) return {dq, dk, dv};
+  if (sm90::refusal(problem.shape(), softmax_scale, problem.dtype()).empty()) {
     const Tensor q = problem.regular_q(q_any), k = problem.regular_k(k_any), v = problem.regular_k(v_any);
-    const Tensor dq = at::empty_like(q), dk = at::empty_like(k), dv = at::empty_like(v);
     backward_hopper(problem, problem.regular_q(dout_any), dlse, q, k, v, problem.regular_q(out_any), lse, route,
-                    softmax_scale, deterministic, dq, dk, dv);
+                    softmax_scale, deterministic || at::globalContext().deterministicAlgorithms(), dq, dk, dv);
     return {dq, dk, dv};
   }
 
   const Tensor q = with_contiguous_rows(q_any), k = with_contiguous_rows(k_any), v = with_contiguous_rows(v_any);
   const Tensor dout = with_contiguous_rows(dout_any), out = with_contiguous_rows(out_any);
   const Shape& shape = problem.shape();
-
-  const Tensor dq = at::empty_like(q), dk = at::empty_like(k), dv = at::empty_like(v);
-  if (problem.empty()) return {dq.zero_(), dk.zero_(), dv.zero_()};
 
   ListMemory memory(shape);
   Tensor delta, partial_dq;

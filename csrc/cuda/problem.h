@@ -44,12 +44,13 @@ inline void check_supported(const Tensor& q, const Tensor& k) {
   }
 }
 
+inline bool capturing() { return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None; }
+
 // One copy to the host, made by the first operator of a call: _route, or _attend where there is none. Not
 // possible while a graph is captured, where the kernels clamp what they read.
 inline void check_boundaries(const Tensor& q, const Tensor& k, const OptionalTensor& cu_seqlens_q,
                              const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k) {
-  if (!cu_seqlens_q.has_value()) return;
-  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) return;
+  if (!cu_seqlens_q.has_value() || capturing()) return;
   const Tensor both = at::stack({*cu_seqlens_q, *cu_seqlens_k}).cpu();
   check_cu_seqlens(both[0], both[1], q.size(0), k.size(0), max_seqlen_q, max_seqlen_k);
 }
@@ -75,7 +76,8 @@ class Problem {
         .sequences = packed_ ? cu_seqlens_q_.numel() - 1 : 1,
         .cu_seqlens_q = packed_ ? cu_seqlens_q_.const_data_ptr<int32_t>() : nullptr,
         .cu_seqlens_k = packed_ ? cu_seqlens_k_.const_data_ptr<int32_t>() : nullptr,
-        .block_size = block_size,
+        // One block as long as all keys serves for any longer one; rounded up, as kernels want multiples of 16.
+        .block_size = std::min(block_size, std::max<int64_t>(1, ceil_divide(k.size(token_dim), 16)) * 16),
         .slots = slots,
     };
   }
@@ -84,6 +86,9 @@ class Problem {
   Dtype dtype() const { return dtype_; }
   cudaStream_t stream() const { return stream_; }
   bool empty() const { return shape_.units() == 0 || shape_.rows == 0 || shape_.keys == 0 || shape_.sequences == 0; }
+
+  // Nobody has checked that the sequences hold all tokens, and kernels write to no others.
+  bool unchecked() const { return packed_ && capturing(); }
 
   // q, k, v and their like: [batch, heads, tokens, head_dim] or [tokens, heads, head_dim].
   Source rows(const Tensor& tensor) const {

@@ -88,6 +88,56 @@ def test_cuda_graph(device, case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+def test_cuda_graph_of_a_padded_batch(device, case):
+    """Tokens after the last sequence: refused outside of a graph, and nothing (0, lse -inf) when one is replayed."""
+    if device == "cpu":
+        pytest.skip("CUDA graphs need a GPU")
+    seqlen, _, block_size, top_k = case[:4]
+    rows = [x.detach()[0].transpose(0, 1).contiguous() for x in inputs(case, device)[:4]]
+    leaves = [x.requires_grad_() for x in rows[:3]]
+    cu = torch.tensor([0, seqlen // 3, seqlen], dtype=torch.int32, device=device)
+
+    def attend():
+        out, lse = moba.attention_varlen(*leaves, cu, cu, seqlen, seqlen, block_size, top_k, deterministic=True)
+        return [out, lse, *torch.autograd.grad(out, leaves, rows[3])]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        attend()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = attend()
+    for x in captured:
+        x.fill_(float("nan"))
+    end = seqlen - 40
+    cu.copy_(torch.tensor([0, seqlen // 3, end], dtype=torch.int32))
+    graph.replay()
+    torch.cuda.synchronize()
+    out, lse, *grads = captured
+    for x in (out, *grads):
+        assert x[:end].isfinite().all() and x[:end].any() and not x[end:].any()
+    assert lse[:, :end].isfinite().all() and lse[:, end:].isneginf().all()
+    with pytest.raises(ValueError, match=f"cu_seqlens_q: wanted a last entry of {seqlen}"):
+        attend()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_torch_deterministic(device, case):
+    """torch.use_deterministic_algorithms means what deterministic=True means."""
+    q, k, v, dout, dlse = inputs(case, device)
+    wanted = run(case, q, k, v, dout, dlse)[1:]
+    torch.use_deterministic_algorithms(True)
+    try:
+        out, lse = moba.attention(q, k, v, *case[2:4])
+        found = [out, lse, *torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for n, (a, b) in enumerate(zip(found, wanted)):
+        assert torch.equal(a, b), f"result {n}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_kept_for_backward(device, case):
     """q, k, v, out, lse and the route: nothing of the size of queries times top_k times head_dim."""
     block_size, top_k = case[2:4]

@@ -1,7 +1,10 @@
 """gradcheck, opcheck and the golden vectors: every public operator behaves as libtorch wants an operator to."""
 
+import itertools
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.library import opcheck
 
 moba = torch.ops.moba
@@ -84,18 +87,31 @@ def test_opcheck_internal(qkv, packed):
     opcheck(moba._attend, (q, k, v, moba._route(q, k, cu_q, cu_k, 7, 12, 4, 2), cu_q, cu_k, 7, 12, 4, 0.3, False))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "transposed heads", "transposed head_dim"])
+# Of [batch, heads, seqlen, head_dim]. The last two are nothing that TMA could read.
+LAYOUTS = {
+    "contiguous": lambda x: x.clone(),
+    "transposed heads": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "transposed head_dim": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "rows that overlap": lambda x: x.flatten(2)[..., : x.size(2) + x.size(3) - 1].unfold(2, x.size(3), 1),
+    "part of wider rows": lambda x: F.pad(x.transpose(1, 2), (0, 3)).contiguous().transpose(1, 2)[..., : x.size(3)],
+    "off by one": lambda x: F.pad(x.transpose(1, 2).flatten(), (1, 0))[1:].view_as(x.transpose(1, 2)).transpose(1, 2),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_meta_says_what_runs(qkv, layout):
     """Shapes, dtypes and strides without data are those with data."""
-    for dtype in DTYPES:
-        q, k, v = qkv(dtype=dtype, grad=False, batch=2)
-        if layout != "contiguous":
-            a, b = (1, 2) if layout == "transposed heads" else (2, 3)
-            q, k, v = (x.transpose(a, b).contiguous().transpose(a, b) for x in (q, k, v))
-        real = (moba.route(q, k, 8, 2), *moba.attention(q, k, v, 8, 2))
-        q, k, v = (x.to("meta") for x in (q, k, v))
-        meta = (moba.route(q, k, 8, 2), *moba.attention(q, k, v, 8, 2))
-        for a, b in zip(real, meta):
+    for dtype, head_dim in itertools.product(DTYPES, (8, 64)):
+        tensors = [LAYOUTS[layout](x) for x in qkv(dtype=dtype, head_dim=head_dim, grad=False, batch=2)]
+
+        def results(q, k, v):
+            route, (out, lse) = moba.route(q, k, 8, 2), moba.attention(q, k, v, 8, 2)
+            grads = moba._attend_backward(out, lse, q, k, v, out, lse, route, None, None, 20, 20, 8, 0.3, False)
+            return route, out, lse, *grads
+
+        # (x.to("meta") would give rows that overlap memory of their own.)
+        on_meta = [torch.empty_strided(x.shape, x.stride(), dtype=dtype, device="meta") for x in tensors]
+        for a, b in zip(results(*tensors), results(*on_meta)):
             assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
             assert b.device.type == "meta"
 

@@ -41,6 +41,8 @@ fn all_blocks_selected_is_full_attention() {
         ("block_size = seqlen", Case::new(64, 16, 64, 1)),
         ("block_size > seqlen", Case::new(63, 16, 512, 3)),
         ("fewer queries", Case::new(90, 16, 16, 6).queries(33).heads(4, 1)),
+        ("the largest block_size", Case::new(50, 64, i64::MAX, 3)),
+        ("nearly the largest block_size", Case::new(50, 16, i64::MAX - 40, 1)),
     ];
     for device in devices() {
         for kind in KINDS {
@@ -140,6 +142,45 @@ fn empty_sequences_in_a_packed_batch() {
             let [out, lse, dq, dk, dv] = run(cu, 0);
             assert_eq!((out.size(), lse.size()), (vec![0, 2, 16], vec![2, 0]), "{cu:?}");
             assert!([dq, dk, dv].iter().all(|x| x.size() == [0, 2, 16]));
+        }
+    }
+}
+
+/// One long sequence among many short ones, in blocks that hold the long one: each is as if it were alone.
+#[test]
+fn sequences_of_very_different_lengths() {
+    for device in devices() {
+        for (kind, block_size, top_k) in [(Kind::Double, 1500, 1), (Kind::BFloat16, 1504, 1), (Kind::BFloat16, 192, 3)]
+        {
+            let lengths: Vec<i64> = (0..30).map(|i| i % 7).chain([1500]).chain((0..30).map(|i| 7 - i % 8)).collect();
+            let mut ends = vec![0i32];
+            ends.extend(lengths.iter().scan(0, |sum, length| {
+                *sum += *length as i32;
+                Some(*sum)
+            }));
+            let case = Case::new(lengths.iter().sum(), 64, block_size, top_k).heads(4, 2);
+            let inputs = case.inputs(4, kind, device);
+            let config = case.config();
+            let [q, k, v, dout] =
+                [&inputs.q, &inputs.k, &inputs.v, &inputs.dout].map(|x| leaf(&x.i(0).transpose(0, 1)));
+            let cu = Tensor::from_slice(&ends).to_device(device);
+            let packed = Packed { cu_seqlens_q: &cu, cu_seqlens_k: &cu, max_seqlen_q: 1500, max_seqlen_k: 1500 };
+            let (out, _) = moba_attention_varlen(&q, &k, &v, &packed, &config).unwrap();
+            let [dq, dk, dv] = gradients(&[&out], &[&dout], &[&q, &k, &v]);
+            for (n, &length) in lengths.iter().enumerate().filter(|(_, length)| **length > 0) {
+                let own = |x: &Tensor| x.narrow(2, ends[n] as i64, length);
+                let alone = moba(&inputs.map(|x| own(x)), &case);
+                for (name, x, alone) in
+                    ["out", "dq", "dk", "dv"].iter().zip([&out, &dq, &dk, &dv]).zip(&alone).map(|((n, x), a)| (n, x, a))
+                {
+                    let x = own(&x.transpose(0, 1).unsqueeze(0));
+                    assert_rounding(
+                        &format!("{name} of sequence {n}, {length} tokens, {case:?} {kind:?} on {device:?}"),
+                        &x,
+                        alone,
+                    );
+                }
+            }
         }
     }
 }
@@ -345,5 +386,67 @@ fn results_have_the_strides_of_the_inputs() {
         let [q, k, v] = [&x.q, &x.k, &x.v].map(permuted);
         let out = moba_attention(&q, &k, &v, &Case::new(20, 16, 8, 2).config()).unwrap();
         assert_eq!(out.stride(), q.stride(), "so that merging the heads needs no copy");
+    }
+}
+
+/// Windows of one signal, each a step further: a token is a row, and rows share memory.
+#[test]
+fn rows_that_overlap() {
+    for device in devices() {
+        for kind in KINDS {
+            // Fewer tokens than numbers in a row: libtorch's empty_like would lay such results out the other way round.
+            let case = Case::new(40, 64, 16, 2);
+            let plain = case.inputs(10, kind, device);
+            let windows = |x: &Tensor| x.flatten(2, -1).narrow(2, 0, 40 + 64 - 1).unfold(2, 64, 1);
+            let windows = Inputs {
+                q: windows(&plain.q),
+                k: windows(&plain.k),
+                v: windows(&plain.v),
+                dout: plain.dout,
+                dlse: plain.dlse,
+            };
+            assert_eq!(windows.q.stride()[2..], [1, 1]);
+            let config = case.config();
+            let run =
+                |inputs: &Inputs| Results::of(inputs, |q, k, v| moba_attention_with_lse(q, k, v, &config).unwrap());
+            let copied = run(&windows.map(Tensor::contiguous));
+            for ((name, a), (_, b)) in run(&windows).named().iter().zip(copied.named()) {
+                assert_rounding(&format!("{name} {kind:?} on {device:?}"), a, b);
+            }
+        }
+    }
+}
+
+/// Where every score is -inf a row sees nothing: out 0, lse -inf and no gradient, whatever is in the keys.
+#[test]
+fn a_row_whose_scores_are_all_infinite() {
+    for device in devices() {
+        for kind in KINDS {
+            let case = Case::new(40, 64, 16, 2);
+            let inputs = case.inputs(11, kind, device);
+            let inputs = Inputs { q: inputs.q.abs() + 0.1, ..inputs };
+            drop(inputs.k.i((.., .., 0)).fill_(f64::NEG_INFINITY));
+            let ours = Results::of(&inputs, |q, k, v| moba_attention_with_lse(q, k, v, &case.config()).unwrap());
+            for x in [&ours.out, &ours.dq] {
+                assert_eq!(largest(&x.i((.., .., 0))), 0.0, "{kind:?} on {device:?}");
+            }
+            assert!(ours.lse.i((.., .., 0)).isneginf().all().int64_value(&[]) == 1, "{kind:?} on {device:?}");
+        }
+    }
+}
+
+/// Smaller than a float: all scores are 0, and every row is the mean of the values that it sees.
+#[test]
+fn a_softmax_scale_of_almost_nothing() {
+    for device in devices() {
+        for kind in KINDS {
+            let case = Case::new(50, 64, 16, 4);
+            let x = case.inputs(12, kind, device);
+            let config = case.config().with_softmax_scale(1e-46).unwrap();
+            let out = moba_attention(&x.q, &x.k, &x.v, &config).unwrap();
+            let counts = Tensor::arange_start(1, 51, (Kind::Double, device)).view([-1, 1]);
+            let means = x.v.to_kind(Kind::Double).cumsum(2, Kind::Double) / counts;
+            assert_rounding(&format!("{kind:?} on {device:?}"), &out, &means.to_kind(kind));
+        }
     }
 }

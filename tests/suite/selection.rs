@@ -61,7 +61,11 @@ fn what_the_hopper_kernels_take() {
         let refused = [
             (good, Kind::Float, "dtype: wanted bfloat16 or float16"),
             (Case { head_dim: 80, ..good }, Kind::BFloat16, "head_dim: wanted 64 or 128, got 80"),
-            (Case { block_size: 24, ..good }, Kind::BFloat16, "block_size: wanted a multiple of 16, got 24"),
+            (
+                Case { block_size: 24, seqlen_q: 64, seqlen_k: 64, ..good },
+                Kind::BFloat16,
+                "block_size: wanted a multiple of 16, got 24",
+            ),
             (
                 Case::new(20, 64, 16, 2).heads(33, 1),
                 Kind::BFloat16,

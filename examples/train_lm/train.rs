@@ -283,3 +283,62 @@ fn summary(out: &Path, records: &[Record], trained: u64, spent: Duration) {
     }
     println!("checkpoint, metrics.jsonl and loss.svg are in {}", out.display());
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use clap::Parser;
+
+    use super::*;
+
+    /// A folder with a text in it, removed by the test that made it.
+    fn folder(name: &str) -> PathBuf {
+        let folder = std::env::temp_dir().join(format!("train-lm-{name}-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let text: Vec<u8> = (0..4000).map(|i| b'a' + (i * i % 251 % 26) as u8).collect();
+        fs::write(folder.join("text"), text).unwrap();
+        folder
+    }
+
+    /// Trains a tiny model on the text of `folder` into `folder/out`.
+    fn train(folder: &Path, out: &str, more: &[&str]) -> Result<()> {
+        let (data, out) = (folder.join("text"), folder.join(out));
+        let model =
+            ["--layers=2", "--hidden=16", "--heads=2", "--heads-k=1", "--seqlen=32", "--moba=8x2", "--warmup=2"];
+        let every = ["--log-every=3", "--eval-every=2", "--save-every=4", "--policy=two-stage:0.5", "--steps=9"];
+        let fixed = ["train_lm", "--data", data.to_str().unwrap(), "--out", out.to_str().unwrap()];
+        run(&Args::try_parse_from(fixed.iter().chain(&model).chain(&every).chain(more))?)
+    }
+
+    /// All that does not depend on the clock: the records, and the checkpoint at the end.
+    fn numbers(out: &Path) -> (Vec<Record>, [Vec<u8>; 2]) {
+        let text = fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+        let records =
+            text.lines().map(|line| Record { tokens_per_second: None, ..serde_json::from_str(line).unwrap() });
+        let newest = checkpoint::newest(out).unwrap().unwrap();
+        let tensors = ["model", "optimizer"].map(|name| fs::read(newest.join(format!("{name}.safetensors"))).unwrap());
+        (records.collect(), tensors)
+    }
+
+    #[test]
+    fn stopped_and_continued_is_the_same() {
+        let folder = folder("resume");
+        train(&folder, "whole", &[]).unwrap();
+        train(&folder, "pieces", &["--stop-at=2"]).unwrap();
+        train(&folder, "pieces", &["--stop-at=5", "--resume"]).unwrap();
+        // A kill after the checkpoint: a record of a step to be done again, and half of the next.
+        let metrics = folder.join("pieces/metrics.jsonl");
+        let mut text = fs::read_to_string(&metrics).unwrap();
+        text.push_str("{\"step\":6,\"loss\":1.0}\n{\"step\":7,\"lo");
+        fs::write(&metrics, text).unwrap();
+        train(&folder, "pieces", &["--resume"]).unwrap();
+
+        let (whole, pieces) = (numbers(&folder.join("whole")), numbers(&folder.join("pieces")));
+        assert_eq!(pieces.0, whole.0);
+        assert!(pieces.1 == whole.1, "the weights, or the state of the optimizer, differ");
+        let losses = |loss: fn(&Record) -> Option<f64>| whole.0.iter().filter_map(loss).count();
+        assert_eq!((losses(|record| record.loss), losses(|record| record.held_out)), (9, 6));
+        fs::remove_dir_all(folder).unwrap();
+    }
+}

@@ -11,9 +11,13 @@ use serde::{Serialize, de::DeserializeOwned};
 use tch::{Device, Tensor, nn};
 use tch_moba::llama::{LlamaConfig, load_tensors, load_weights};
 
-use crate::optimizer::AdamW;
+pub use crate::steps::newest;
+use crate::{
+    optimizer::AdamW,
+    steps::{UNFINISHED, list},
+};
 
-/// Writes `step-NNNNNN` under `out`, then removes older checkpoints. `state` is what else a run needs to go on.
+/// Writes `step-NNNNNN` under `out`, then removes all others. `state` is what else a run needs to go on.
 pub fn save(
     out: &Path,
     step: u64,
@@ -23,8 +27,7 @@ pub fn save(
     optimizer: &AdamW,
 ) -> Result<PathBuf> {
     let path = out.join(format!("step-{step:06}"));
-    let unfinished = path.with_extension("unfinished");
-    let older = list(out)?;
+    let unfinished = path.with_extension(UNFINISHED);
     let write = || -> Result<()> {
         if unfinished.exists() {
             fs::remove_dir_all(&unfinished)?;
@@ -40,15 +43,17 @@ pub fn save(
         Ok(fs::rename(&unfinished, &path)?)
     };
     write().with_context(|| format!("cannot write the checkpoint {}", path.display()))?;
-    for (_, old) in older.into_iter().filter(|(other, _)| *other != step) {
-        fs::remove_dir_all(&old).with_context(|| format!("cannot remove the old checkpoint {}", old.display()))?;
-    }
+    remove(out, Some(step))?;
     Ok(path)
 }
 
-/// The newest checkpoint under `out`.
-pub fn newest(out: &Path) -> Result<Option<PathBuf>> {
-    Ok(list(out)?.pop_last().map(|(_, path)| path))
+/// Removes the checkpoints under `out` but that of the step `keep`, and those that a kill has left unfinished.
+pub fn remove(out: &Path, keep: Option<u64>) -> Result<()> {
+    for old in list(out)?.into_iter().filter(|old| !old.finished || Some(old.step) != keep) {
+        let path = old.path;
+        fs::remove_dir_all(&path).with_context(|| format!("cannot remove the old checkpoint {}", path.display()))?;
+    }
+    Ok(())
 }
 
 /// Reads weights and optimizer, and returns the state.
@@ -66,20 +71,6 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
             path.display()
         )
     })
-}
-
-/// All finished checkpoints under `out` by step.
-fn list(out: &Path) -> Result<BTreeMap<u64, PathBuf>> {
-    let mut found = BTreeMap::new();
-    let Ok(entries) = fs::read_dir(out) else { return Ok(found) };
-    for entry in entries {
-        let path = entry?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if let Some(step) = name.strip_prefix("step-").and_then(|step| step.parse().ok()) {
-            found.insert(step, path);
-        }
-    }
-    Ok(found)
 }
 
 fn write_tensors(path: &Path, tensors: BTreeMap<String, Tensor>) -> Result<()> {

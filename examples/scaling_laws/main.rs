@@ -35,6 +35,8 @@ mod progress;
 mod records;
 mod repeats;
 mod speed;
+#[path = "../common/steps.rs"]
+mod steps;
 mod svg;
 mod sweep;
 #[path = "../common/text.rs"]

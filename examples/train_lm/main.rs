@@ -17,6 +17,8 @@ mod device;
 mod metrics;
 #[path = "../common/optimizer.rs"]
 mod optimizer;
+#[path = "../common/steps.rs"]
+mod steps;
 #[path = "../common/text.rs"]
 mod text;
 mod train;

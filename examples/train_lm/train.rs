@@ -69,14 +69,13 @@ fn prepare(args: &Args) -> Result<Option<std::path::PathBuf>> {
         );
         return Ok(Some(newest));
     }
-    if let Some(newest) = newest {
-        ensure!(
-            args.restart,
-            "{} holds a run already: --resume continues it, --restart throws it away, --out chooses another place",
-            out.display()
-        );
-        fs::remove_dir_all(&newest).with_context(|| format!("cannot remove {}", newest.display()))?;
-    }
+    ensure!(
+        newest.is_none() || args.restart,
+        "{} holds a run already: --resume continues it, --restart throws it away, --out chooses another place",
+        out.display()
+    );
+    // All of them: a kill may have left two, and the new run would be taken up from the one that stays.
+    checkpoint::remove(out, None)?;
     fs::create_dir_all(out).with_context(|| format!("cannot create {}", out.display()))?;
     fs::write(&run_json, serde_json::to_string_pretty(&args.run)?)
         .with_context(|| format!("cannot write {}", run_json.display()))?;

@@ -14,6 +14,7 @@ mod config;
 mod corpus;
 #[path = "../common/device.rs"]
 mod device;
+mod folder;
 mod metrics;
 #[path = "../common/optimizer.rs"]
 mod optimizer;

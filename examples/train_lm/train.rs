@@ -1,12 +1,11 @@
 //! The training loop.
 
 use std::{
-    fs,
     path::Path,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor, nn};
@@ -16,6 +15,7 @@ use crate::{
     chart, checkpoint,
     config::{Args, RunConfig},
     corpus::{Corpus, Windows},
+    folder::Folder,
     metrics::{Metrics, Record},
     optimizer::AdamW,
 };
@@ -34,13 +34,13 @@ const HELD_OUT_WINDOWS: usize = 16;
 pub fn run(args: &Args) -> Result<()> {
     args.run.check()?;
     let device = args.device.resolve()?;
-    let resume_from = prepare(args)?;
+    let folder = Folder::open(args)?;
     let corpus = Corpus::load(&args.run.data)?;
     let (train, held_out) = (corpus.train.len() as f64 / 1e6, corpus.held_out.len() as f64 / 1e6);
     println!("corpus: {} documents, {train:.1} MB to train on, {held_out:.2} MB held out", corpus.documents);
 
     let mut trainer = Trainer::new(args, device, &corpus)?;
-    if let Some(path) = &resume_from {
+    if let Some(path) = &folder.resume_from {
         trainer.state = checkpoint::load(path, &trainer.vs, &trainer.optimizer)?;
         ensure!(
             trainer.state.corpus_hash == corpus.hash,
@@ -48,38 +48,11 @@ pub fn run(args: &Args) -> Result<()> {
             path.display()
         );
         println!("resumed {}", path.display());
+    } else {
+        // Last, so that a --restart whose arguments do not work loses nothing.
+        folder.begin()?;
     }
     trainer.train()
-}
-
-/// Makes `--out` ready; returns the checkpoint to resume from.
-fn prepare(args: &Args) -> Result<Option<std::path::PathBuf>> {
-    let out = &args.out;
-    let run_json = out.join("run.json");
-    let newest = checkpoint::newest(out)?;
-    if args.resume {
-        let Some(newest) = newest else { bail!("--resume: no checkpoint in {}", out.display()) };
-        let before: RunConfig = checkpoint::read_json(&run_json)?;
-        let differences = args.run.differences(&before)?;
-        ensure!(
-            differences.is_empty(),
-            "--resume: {} holds another run: {}; give the arguments it was started with, or choose another --out",
-            out.display(),
-            differences.join(", ")
-        );
-        return Ok(Some(newest));
-    }
-    ensure!(
-        newest.is_none() || args.restart,
-        "{} holds a run already: --resume continues it, --restart throws it away, --out chooses another place",
-        out.display()
-    );
-    // All of them: a kill may have left two, and the new run would be taken up from the one that stays.
-    checkpoint::remove(out, None)?;
-    fs::create_dir_all(out).with_context(|| format!("cannot create {}", out.display()))?;
-    fs::write(&run_json, serde_json::to_string_pretty(&args.run)?)
-        .with_context(|| format!("cannot write {}", run_json.display()))?;
-    Ok(None)
 }
 
 struct Trainer<'a> {
@@ -285,19 +258,14 @@ fn summary(out: &Path, records: &[Record], trained: u64, spent: Duration) {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
+    use std::fs;
 
     use clap::Parser;
 
     use super::*;
 
-    /// A folder with a text in it, removed by the test that made it.
-    fn folder(name: &str) -> PathBuf {
-        let folder = std::env::temp_dir().join(format!("train-lm-{name}-{}", std::process::id()));
-        fs::create_dir_all(&folder).unwrap();
-        let text: Vec<u8> = (0..4000).map(|i| b'a' + (i * i % 251 % 26) as u8).collect();
-        fs::write(folder.join("text"), text).unwrap();
-        folder
+    fn text() -> Vec<u8> {
+        (0..4000).map(|i| b'a' + (i * i % 251 % 26) as u8).collect()
     }
 
     /// Trains a tiny model on the text of `folder` into `folder/out`.
@@ -322,15 +290,17 @@ mod tests {
 
     #[test]
     fn stopped_and_continued_is_the_same() {
-        let folder = folder("resume");
+        let folder = std::env::temp_dir().join(format!("train-lm-resume-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join("text"), text()).unwrap();
         train(&folder, "whole", &[]).unwrap();
         train(&folder, "pieces", &["--stop-at=2"]).unwrap();
         train(&folder, "pieces", &["--stop-at=5", "--resume"]).unwrap();
         // A kill after the checkpoint: a record of a step to be done again, and half of the next.
         let metrics = folder.join("pieces/metrics.jsonl");
-        let mut text = fs::read_to_string(&metrics).unwrap();
-        text.push_str("{\"step\":6,\"loss\":1.0}\n{\"step\":7,\"lo");
-        fs::write(&metrics, text).unwrap();
+        let mut records = fs::read_to_string(&metrics).unwrap();
+        records.push_str("{\"step\":6,\"loss\":1.0}\n{\"step\":7,\"lo");
+        fs::write(&metrics, records).unwrap();
         train(&folder, "pieces", &["--resume"]).unwrap();
 
         let (whole, pieces) = (numbers(&folder.join("whole")), numbers(&folder.join("pieces")));
@@ -338,6 +308,16 @@ mod tests {
         assert!(pieces.1 == whole.1, "the weights, or the state of the optimizer, differ");
         let losses = |loss: fn(&Record) -> Option<f64>| whole.0.iter().filter_map(loss).count();
         assert_eq!((losses(|record| record.loss), losses(|record| record.held_out)), (9, 6));
+
+        // A --restart that cannot start loses nothing.
+        for (short, error) in [("", "the corpus is empty"), ("short", "the corpus is too small")] {
+            fs::write(folder.join("text"), short).unwrap();
+            let refusal = train(&folder, "pieces", &["--restart"]).unwrap_err().to_string();
+            assert!(refusal.starts_with(error), "{refusal}");
+        }
+        fs::write(folder.join("text"), text()).unwrap();
+        train(&folder, "pieces", &["--resume"]).unwrap();
+        assert!(numbers(&folder.join("pieces")) == whole);
         fs::remove_dir_all(folder).unwrap();
     }
 }

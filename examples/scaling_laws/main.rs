@@ -16,6 +16,7 @@ mod batches;
 mod charts;
 #[path = "../common/checkpoint.rs"]
 mod checkpoint;
+#[path = "../common/claim.rs"]
 mod claim;
 mod command;
 mod compute;

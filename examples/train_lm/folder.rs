@@ -1,4 +1,5 @@
-//! The folder of a run, `--out`: what it holds is looked at first, and thrown away only when the new run can start.
+//! The folder of a run, `--out`: of one process at a time. What it holds is looked at first, and thrown away only when the
+//! new run can start.
 
 use std::{fs, path::PathBuf};
 
@@ -6,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::{
     checkpoint,
+    claim::Claim,
     config::{Args, RunConfig},
 };
 
@@ -13,12 +15,19 @@ pub struct Folder<'a> {
     args: &'a Args,
     /// The checkpoint to resume from; `None` for a new run.
     pub resume_from: Option<PathBuf>,
+    _claim: Claim,
 }
 
 impl<'a> Folder<'a> {
-    /// Refuses arguments that do not fit what lies in `--out`; changes nothing in it.
+    /// Refuses arguments that do not fit what lies in `--out`; changes nothing in it but to lock it.
     pub fn open(args: &'a Args) -> Result<Self> {
         let out = args.out.display();
+        // A mistyped --out is not made by --resume.
+        ensure!(!args.resume || args.out.is_dir(), "--resume: no checkpoint in {out}");
+        fs::create_dir_all(&args.out).with_context(|| format!("cannot create {out}"))?;
+        let claim = Claim::take(&args.out.join("lock"))?.with_context(|| {
+            format!("another process is training in {out}: wait for it, stop it, or choose another --out")
+        })?;
         let newest = checkpoint::newest(&args.out)?;
         if args.resume {
             ensure!(newest.is_some(), "--resume: no checkpoint in {out}");
@@ -29,14 +38,13 @@ impl<'a> Folder<'a> {
                 "--resume: {out} holds another run: {}; give the arguments it was started with, or choose another --out",
                 differences.join(", ")
             );
-            return Ok(Self { args, resume_from: newest });
+        } else {
+            ensure!(
+                newest.is_none() || args.restart,
+                "{out} holds a run already: --resume continues it, --restart throws it away, --out chooses another place"
+            );
         }
-        ensure!(
-            newest.is_none() || args.restart,
-            "{out} holds a run already: --resume continues it, --restart throws it away, --out chooses another place"
-        );
-        fs::create_dir_all(&args.out).with_context(|| format!("cannot create {out}"))?;
-        Ok(Self { args, resume_from: None })
+        Ok(Self { args, resume_from: newest.filter(|_| args.resume), _claim: claim })
     }
 
     /// Begins a new run in place of the one that was there.
@@ -68,24 +76,39 @@ mod tests {
     #[test]
     fn a_restart_leaves_no_checkpoint_and_only_once_it_begins() {
         let out = std::env::temp_dir().join(format!("train-lm-folder-{}", std::process::id()));
-        assert!(refusal(&args(&out, &["--resume"])).starts_with("--resume: no checkpoint in "));
-        assert!(!out.exists());
         Folder::open(&args(&out, &[])).unwrap().begin().unwrap();
         for name in ["step-000004", "step-000008", "step-000012.unfinished", "notes"] {
             fs::create_dir(out.join(name)).unwrap();
         }
-
-        assert!(refusal(&args(&out, &[])).contains("holds a run already"));
-        assert!(refusal(&args(&out, &["--resume", "--seed=1"])).contains("holds another run: --seed is 1, was 0;"));
-        let restart = args(&out, &["--restart", "--seed=1"]);
-        let folder = Folder::open(&restart).unwrap();
-        let resume = args(&out, &["--resume"]);
+        let (resume, restart) = (args(&out, &["--resume"]), args(&out, &["--restart", "--seed=1"]));
+        drop(Folder::open(&restart).unwrap());
         assert_eq!(Folder::open(&resume).unwrap().resume_from, Some(out.join("step-000008")));
-        folder.begin().unwrap();
+        Folder::open(&restart).unwrap().begin().unwrap();
+        let mut left: Vec<_> = fs::read_dir(&out).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["notes", "run.json"]);
+        assert_eq!(checkpoint::read_json::<RunConfig>(&out.join("run.json")).unwrap(), restart.run);
+        fs::remove_dir_all(out).unwrap();
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let out = std::env::temp_dir().join(format!("train-lm-refused-{}", std::process::id()));
+        let resume = args(&out, &["--resume"]);
         assert!(refusal(&resume).starts_with("--resume: no checkpoint in "));
-        assert!(out.join("notes").exists() && !out.join("step-000012.unfinished").exists());
-        let begun: RunConfig = checkpoint::read_json(&out.join("run.json")).unwrap();
-        assert_eq!(begun, restart.run);
+        assert!(!out.exists());
+
+        // Two that begin at once, before either has a checkpoint.
+        let begin = args(&out, &[]);
+        let other = Folder::open(&begin).unwrap();
+        assert!(refusal(&begin).starts_with("another process is training in "));
+        other.begin().unwrap();
+        drop(other);
+
+        assert!(refusal(&resume).starts_with("--resume: no checkpoint in "));
+        fs::create_dir(out.join("step-000004")).unwrap();
+        assert!(refusal(&begin).contains("holds a run already: "));
+        assert!(refusal(&args(&out, &["--resume", "--seed=1"])).contains(" holds another run: --seed is 1, was 0; "));
         fs::remove_dir_all(out).unwrap();
     }
 }

@@ -10,6 +10,8 @@
 mod chart;
 #[path = "../common/checkpoint.rs"]
 mod checkpoint;
+#[path = "../common/claim.rs"]
+mod claim;
 mod config;
 mod corpus;
 #[path = "../common/device.rs"]

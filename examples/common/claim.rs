@@ -1,4 +1,4 @@
-//! Several processes, one a GPU, may work on the same sweep: a run is of the one that holds its lock.
+//! Several processes may be given the same folder: a run is of the one that holds its lock.
 
 use std::{
     fs::{self, File, TryLockError},
@@ -47,7 +47,7 @@ mod tests {
 
     #[test]
     fn one_holder_at_a_time() {
-        let path = std::env::temp_dir().join(format!("scaling-claim-{}", std::process::id()));
+        let path = std::env::temp_dir().join(format!("claim-{}", std::process::id()));
         let held = Claim::take(&path).unwrap().unwrap();
         assert!(Claim::take(&path).unwrap().is_none());
         drop(held);

@@ -35,6 +35,8 @@ mod plan;
 mod progress;
 mod records;
 mod repeats;
+#[path = "../common/replace.rs"]
+mod replace;
 mod speed;
 #[path = "../common/steps.rs"]
 mod steps;

@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::{corpus::Identity, sweep::Run};
+use crate::{corpus::Identity, replace::replace, sweep::Run};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Header {
@@ -145,17 +145,15 @@ impl Writer {
     /// Begins the file of a run, with the `records` that it has so far.
     pub fn begin(path: &Path, header: &Header, records: &[Record]) -> Result<Self> {
         let partial = partial(path);
-        let file = fs::File::create(&partial).with_context(|| format!("cannot write {}", partial.display()))?;
-        let mut writer = Self { file, partial, path: path.to_owned() };
-        writer.line(header)?;
+        let mut text = line(header)?;
         for record in records {
-            writer.push(record)?;
+            text += &line(record)?;
         }
-        Ok(writer)
+        Ok(Self { file: replace(&partial, &text)?, partial, path: path.to_owned() })
     }
 
     pub fn push(&mut self, record: &Record) -> Result<()> {
-        self.line(record)
+        Ok(self.file.write_all(line(record)?.as_bytes())?)
     }
 
     /// The run is whole.
@@ -168,12 +166,10 @@ impl Writer {
     pub fn discard(self) -> Result<()> {
         Ok(fs::remove_file(&self.partial)?)
     }
+}
 
-    fn line(&mut self, value: &impl Serialize) -> Result<()> {
-        let mut line = serde_json::to_string(value)?;
-        line.push('\n');
-        Ok(self.file.write_all(line.as_bytes())?)
-    }
+fn line(value: &impl Serialize) -> Result<String> {
+    Ok(serde_json::to_string(value)? + "\n")
 }
 
 fn partial(path: &Path) -> PathBuf {

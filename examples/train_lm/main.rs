@@ -20,6 +20,8 @@ mod folder;
 mod metrics;
 #[path = "../common/optimizer.rs"]
 mod optimizer;
+#[path = "../common/replace.rs"]
+mod replace;
 #[path = "../common/steps.rs"]
 mod steps;
 #[path = "../common/text.rs"]

@@ -2,9 +2,11 @@
 
 use anyhow::{Result, bail};
 use clap::ValueEnum;
+use serde::Serialize;
 use tch::{Cuda, Device};
 
-#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
 pub enum DeviceArg {
     Cpu,
     Cuda,

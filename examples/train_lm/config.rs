@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use clap::Parser;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
+use serde_json::{Map, Value};
 use tch_moba::{HybridPolicy, MobaConfig, llama::LlamaConfig};
 
 use crate::device::DeviceArg;
@@ -21,8 +22,6 @@ pub struct Args {
     /// Throw the run in --out away and start anew
     #[arg(long)]
     pub restart: bool,
-    #[arg(long, value_enum, default_value = "cpu")]
-    pub device: DeviceArg,
     /// Write a checkpoint every so many steps, and at the end
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..))]
     pub save_every: u64,
@@ -40,8 +39,11 @@ pub struct Args {
 }
 
 /// Everything that decides the losses of a run. Saved as `run.json`; a resumed run must have the same.
-#[derive(clap::Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(clap::Args, Clone, Debug, Serialize)]
 pub struct RunConfig {
+    /// The CPU computes in float32, a GPU in bfloat16 with float32 weights
+    #[arg(long, value_enum, default_value = "cpu")]
+    pub device: DeviceArg,
     /// Text files, or directories of them; default: the C++ headers of libtorch
     #[arg(long, num_args = 1..)]
     pub data: Vec<PathBuf>,
@@ -130,13 +132,13 @@ impl RunConfig {
         self.lr * (0.55 + 0.45 * (std::f64::consts::PI * done.min(1.0)).cos())
     }
 
-    /// The arguments that differ from `other`'s, as text.
-    pub fn differences(&self, other: &Self) -> Result<Vec<String>> {
-        let (ours, theirs) = (serde_json::to_value(self)?, serde_json::to_value(other)?);
-        let fields = ours.as_object().into_iter().flatten();
-        Ok(fields
-            .filter(|(name, value)| theirs[name.as_str()] != **value)
-            .map(|(name, value)| format!("--{} is {value}, was {}", name.replace('_', "-"), theirs[name.as_str()]))
-            .collect())
+    /// The arguments that differ from those of `before`, a run.json, as text. Older ones do not name the device.
+    pub fn differences(&self, before: &Map<String, Value>) -> Result<Vec<String>> {
+        let ours = serde_json::to_value(self)?;
+        let difference = |(name, value): (&String, &Value)| {
+            let was = before.get(name).filter(|was| *was != value)?;
+            Some(format!("--{} is {value}, was {was}", name.replace('_', "-")))
+        };
+        Ok(ours.as_object().into_iter().flatten().filter_map(difference).collect())
     }
 }

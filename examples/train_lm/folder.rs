@@ -5,11 +5,7 @@ use std::{fs, path::PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::{
-    checkpoint,
-    claim::Claim,
-    config::{Args, RunConfig},
-};
+use crate::{checkpoint, claim::Claim, config::Args};
 
 pub struct Folder<'a> {
     args: &'a Args,
@@ -31,8 +27,7 @@ impl<'a> Folder<'a> {
         let newest = checkpoint::newest(&args.out)?;
         if args.resume {
             ensure!(newest.is_some(), "--resume: no checkpoint in {out}");
-            let before: RunConfig = checkpoint::read_json(&args.out.join("run.json"))?;
-            let differences = args.run.differences(&before)?;
+            let differences = args.run.differences(&checkpoint::read_json(&args.out.join("run.json"))?)?;
             ensure!(
                 differences.is_empty(),
                 "--resume: {out} holds another run: {}; give the arguments it was started with, or choose another --out",
@@ -87,7 +82,9 @@ mod tests {
         let mut left: Vec<_> = fs::read_dir(&out).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         left.sort();
         assert_eq!(left, ["notes", "run.json"]);
-        assert_eq!(checkpoint::read_json::<RunConfig>(&out.join("run.json")).unwrap(), restart.run);
+        let begun = checkpoint::read_json(&out.join("run.json")).unwrap();
+        assert!(restart.run.differences(&begun).unwrap().is_empty());
+        assert_eq!(resume.run.differences(&begun).unwrap(), ["--seed is 0, was 1"]);
         fs::remove_dir_all(out).unwrap();
     }
 
@@ -108,7 +105,12 @@ mod tests {
         assert!(refusal(&resume).starts_with("--resume: no checkpoint in "));
         fs::create_dir(out.join("step-000004")).unwrap();
         assert!(refusal(&begin).contains("holds a run already: "));
-        assert!(refusal(&args(&out, &["--resume", "--seed=1"])).contains(" holds another run: --seed is 1, was 0; "));
+        for (other, difference) in
+            [("--seed=1", "--seed is 1, was 0"), ("--device=cuda", "--device is \"cuda\", was \"cpu\"")]
+        {
+            let refusal = refusal(&args(&out, &["--resume", other]));
+            assert!(refusal.contains(&format!(" holds another run: {difference}; ")), "{refusal}");
+        }
         fs::remove_dir_all(out).unwrap();
     }
 }

@@ -33,7 +33,7 @@ const HELD_OUT_WINDOWS: usize = 16;
 
 pub fn run(args: &Args) -> Result<()> {
     args.run.check()?;
-    let device = args.device.resolve()?;
+    let device = args.run.device.resolve()?;
     let folder = Folder::open(args)?;
     let corpus = Corpus::load(&args.run.data)?;
     let (train, held_out) = (corpus.train.len() as f64 / 1e6, corpus.held_out.len() as f64 / 1e6);

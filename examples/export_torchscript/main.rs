@@ -9,7 +9,11 @@
 //!
 //! In C++: link libmoba_ops.so (or `dlopen` it before), then `torch::jit::load("model.pt").forward({tokens})`.
 
+#[path = "../common/device.rs"]
+mod device;
 mod generate;
+#[path = "../common/steps.rs"]
+mod steps;
 
 use std::{
     fs,
@@ -18,13 +22,15 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use serde_json::json;
-use tch::{CModule, Cuda, Device, Kind, Tensor, nn};
+use tch::{CModule, Device, Kind, Tensor, nn};
 use tch_moba::{
     HybridPolicy, Step, dispatch,
     llama::{Llama, LlamaConfig, load_weights},
 };
+
+use crate::device::DeviceArg;
 
 /// Export a checkpoint of train_lm to TorchScript.
 #[derive(Parser, Debug)]
@@ -55,12 +61,6 @@ struct Args {
     seed: i64,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum DeviceArg {
-    Cpu,
-    Cuda,
-}
-
 fn main() -> ExitCode {
     match run(&Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
@@ -72,13 +72,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
-    let device = match args.device {
-        DeviceArg::Cpu => Device::Cpu,
-        DeviceArg::Cuda => {
-            ensure!(Cuda::is_available(), "--device cuda: libtorch sees no usable GPU; check the driver (nvidia-smi)");
-            Device::Cuda(0)
-        }
-    };
+    let device = args.device.resolve()?;
     let checkpoint = find_checkpoint(&args.checkpoint)?;
     let mut config = LlamaConfig::read(checkpoint.join("config.json"))?;
     if let Some(policy) = &args.policy {
@@ -113,18 +107,12 @@ fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// The checkpoint itself, or the newest `step-NNNNNN` in it.
+/// The checkpoint itself, or the newest of the run.
 fn find_checkpoint(path: &Path) -> Result<PathBuf> {
     if path.join("config.json").is_file() {
         return Ok(path.to_owned());
     }
-    let entries = fs::read_dir(path).with_context(|| format!("no checkpoint at {}", path.display()))?;
-    let mut steps: Vec<PathBuf> = entries
-        .filter_map(|entry| entry.ok().map(|entry| entry.path()))
-        .filter(|path| path.join("config.json").is_file())
-        .collect();
-    steps.sort();
-    steps.pop().with_context(|| {
+    steps::newest(path)?.with_context(|| {
         format!("no checkpoint in {}: train one with `cargo run --release --example train_lm`", path.display())
     })
 }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, builder::RangedI64ValueParser};
 use tch_moba::HybridPolicy;
 
 use crate::{
@@ -18,6 +18,7 @@ use crate::{
     environment, fit, plan, records, repeats,
     speed::{self, Options},
     sweep::{Run, Sweep},
+    tokenizer::VOCAB_SIZES,
 };
 
 /// Loss against compute for MoBA and full attention, with a power law fitted to each.
@@ -35,8 +36,8 @@ enum Verb {
         #[arg(long, num_args = 1..)]
         data: Vec<PathBuf>,
         /// Size of the vocabulary; 256 takes bytes as they are
-        #[arg(long, default_value_t = 4096)]
-        vocab: usize,
+        #[arg(long, default_value_t = 4096, value_parser = vocab_size())]
+        vocab: i64,
         #[arg(long)]
         out: PathBuf,
     },
@@ -61,7 +62,7 @@ enum Verb {
     /// Say what a sweep costs
     Plan {
         sweep: PathBuf,
-        #[arg(long, default_value_t = 4096)]
+        #[arg(long, default_value_t = 4096, value_parser = vocab_size())]
         vocab: i64,
         /// What the device does, for an estimate of the time
         #[arg(long)]
@@ -103,7 +104,7 @@ enum Verb {
         /// Updates in a measurement
         #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
         updates: u64,
-        #[arg(long, default_value_t = 4096)]
+        #[arg(long, default_value_t = 4096, value_parser = vocab_size())]
         vocab: i64,
         #[arg(long, value_enum, default_value = "cpu")]
         device: DeviceArg,
@@ -121,7 +122,7 @@ enum Verb {
 impl Command {
     pub fn run(self) -> Result<()> {
         match self.verb {
-            Verb::Corpus { data, vocab, out } => corpus::build(&data, vocab, &out),
+            Verb::Corpus { data, vocab, out } => corpus::build(&data, vocab as usize, &out),
             Verb::Shuffle { corpus, piece, out } => corpus::shuffle(&corpus, piece as usize, &out),
             Verb::Repeats { corpus, seqlen, near } => {
                 print!("{}", repeats::table(&Corpus::read(&corpus)?.held_out, seqlen as usize, near as usize));
@@ -157,6 +158,10 @@ impl Command {
             Verb::Fit { runs, out } => fit_and_draw(&runs, &out),
         }
     }
+}
+
+fn vocab_size() -> RangedI64ValueParser<i64> {
+    RangedI64ValueParser::new().range(VOCAB_SIZES)
 }
 
 fn duration(minutes: f64) -> Result<Duration> {
@@ -202,8 +207,25 @@ fn fit_and_draw(folder: &Path, out: &Path) -> Result<()> {
 mod tests {
     use clap::CommandFactory;
 
+    use super::*;
+
     #[test]
     fn the_command_line_is_sound() {
-        super::Command::command().debug_assert();
+        Command::command().debug_assert();
+    }
+
+    #[test]
+    fn tokens_are_two_bytes() {
+        for verb in ["corpus --out out", "plan sweep", "speed sweep --size 5M"] {
+            let parse = |vocab: &str| {
+                Command::try_parse_from(format!("scaling_laws {verb} --vocab {vocab}").split(' ')).map(drop)
+            };
+            for vocab in ["0", "255", "32768", "40000"] {
+                let error = parse(vocab).unwrap_err().to_string();
+                assert!(error.contains("--vocab") && error.contains("not in 256..=32767"), "{error}");
+            }
+            parse("256").unwrap();
+            parse("32767").unwrap();
+        }
     }
 }

@@ -81,13 +81,13 @@ enum Verb {
         /// Only runs whose name contains one of these
         #[arg(long, num_args = 1..)]
         only: Vec<String>,
-        /// Stop after so long, with a checkpoint
+        /// Stop after so long, with a checkpoint; seen only when a run measures its loss, up to 20 times a run
         #[arg(long)]
         minutes: Option<f64>,
         /// With --minutes: leave a run that would not be done in time, instead of stopping in it
         #[arg(long, requires = "minutes")]
         whole_runs: bool,
-        /// Between the checkpoints of a run; with --whole-runs there are none
+        /// Least time between checkpoints, which are written only when a run measures; none with --whole-runs
         #[arg(long, default_value_t = 5.0)]
         checkpoint_minutes: f64,
     },

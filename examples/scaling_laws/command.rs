@@ -1,6 +1,7 @@
 //! The command line.
 
 use std::{
+    collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
     time::Duration,
@@ -15,7 +16,9 @@ use crate::{
     corpus::{self, Corpus},
     device::DeviceArg,
     drive::{Limits, Sweeper},
-    environment, fit, plan, records, repeats,
+    environment, fit, plan,
+    records::{self, Finished},
+    repeats,
     speed::{self, Options},
     sweep::{Run, Sweep},
     tokenizer::VOCAB_SIZES,
@@ -175,6 +178,12 @@ fn chosen(mut runs: Vec<Run>, only: &[String]) -> Result<Vec<Run>> {
     Ok(runs)
 }
 
+/// The commit, which the runs share, and all devices that they were trained on.
+fn origin(runs: &[Finished]) -> String {
+    let devices: BTreeSet<&str> = runs.iter().map(|run| run.header.device.as_str()).collect();
+    format!("Commit {}, {}.", runs[0].header.commit, Vec::from_iter(devices).join("; "))
+}
+
 fn fit_and_draw(folder: &Path, out: &Path) -> Result<()> {
     let runs = records::read_all(folder)?;
     ensure!(!runs.is_empty(), "{} holds no finished run: scaling_laws run makes them", folder.display());
@@ -183,8 +192,8 @@ fn fit_and_draw(folder: &Path, out: &Path) -> Result<()> {
     let laws = fit::table(&fitted);
     let comparison = fit::comparison(&runs);
     let tables = format!(
-        "Commit {}, {}.\n\nloss = a C^-b, C in PFLOP/s-days, losses in nats per token\n\n{laws}\n{comparison}",
-        runs[0].header.commit, runs[0].header.device
+        "{}\n\nloss = a C^-b, C in PFLOP/s-days, losses in nats per token\n\n{laws}\n{comparison}",
+        origin(&runs)
     );
     let written = |name: &str, text: String| -> Result<PathBuf> {
         let path = out.join(name);
@@ -227,5 +236,15 @@ mod tests {
             parse("256").unwrap();
             parse("32767").unwrap();
         }
+    }
+
+    #[test]
+    fn every_device_is_named() {
+        let run = |device: &str| {
+            let header = records::Header { device: device.into(), ..records::example(512, "moba", 32, 0) };
+            Finished { header, records: Vec::new() }
+        };
+        assert_eq!(origin(&[run("an H100")]), "Commit abc, an H100.");
+        assert_eq!(origin(&["an H200", "an H100", "an H200"].map(run)), "Commit abc, an H100; an H200.");
     }
 }

@@ -51,3 +51,15 @@ fn arguments_that_do_not_fit_the_schema() {
     assert!(wrong.contains("argument 'k'") && wrong.contains("found type 'bool'"), "{wrong}");
     assert_eq!(call("moba::route", &[(&x).into(), (&x).into(), Value::Int(2), Value::Int(2)]).unwrap().len(), 1);
 }
+
+#[test]
+fn outputs_of_other_operators() {
+    let x = tch::Tensor::arange(65, tch::kind::INT64_CPU);
+    let parts = |size| call("aten::split.Tensor", &[(&x).into(), Value::Int(size)]);
+    let two = parts(40).unwrap();
+    assert_eq!(two, [x.narrow(0, 0, 40), x.narrow(0, 40, 25)]);
+    let error = parts(1).unwrap_err().to_string();
+    assert!(error.contains("aten::split.Tensor") && error.contains("at most 64 tensors as output, got 65"), "{error}");
+    // A bool.
+    assert!(call("aten::is_same_size", &[(&x).into(), (&x).into()]).unwrap().is_empty());
+}

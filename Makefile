@@ -40,6 +40,7 @@ tools:
 
 .PHONY: test
 test: tools libtorch ## unit tests, suite, doc tests, then the operator from Python
+	@PYTHONPATH="$(python_path)" scripts/need torch pytest
 	@echo "test: Rust"
 	cargo test --release
 	@echo "test: Python"

@@ -122,20 +122,23 @@ impl Toolkit {
     }
 }
 
-/// The -gencode flags of TORCH_CUDA_ARCH_LIST ("8.0;9.0a"), else of CUDA_COMPUTE_CAP ("90a"), else of the default.
+/// The -gencode flags of TORCH_CUDA_ARCH_LIST ("8.0;9.0a"), else of CUDA_COMPUTE_CAP ("90a"), else of the default. A
+/// variable that names no architecture counts as unset.
 fn architectures() -> Result<Vec<String>> {
-    for name in ["TORCH_CUDA_ARCH_LIST", "CUDA_COMPUTE_CAP"] {
+    const SEPARATORS: [char; 3] = [';', ',', ' '];
+    let variables = ["TORCH_CUDA_ARCH_LIST", "CUDA_COMPUTE_CAP"].map(|name| {
         println!("cargo:rerun-if-env-changed={name}");
-    }
-    let list = env::var("TORCH_CUDA_ARCH_LIST").or_else(|_| env::var("CUDA_COMPUTE_CAP"));
-    let list = list.unwrap_or_else(|_| DEFAULT_ARCHITECTURES.to_owned());
+        (name, env::var(name).unwrap_or_default())
+    });
+    let named = variables.into_iter().find(|(_, list)| !list.trim_matches(SEPARATORS).is_empty());
+    let (name, list) = named.unwrap_or(("the default", DEFAULT_ARCHITECTURES.to_owned()));
     let mut flags = Vec::new();
-    for entry in list.split([';', ',', ' ']).filter(|entry| !entry.is_empty()) {
+    for entry in list.split(SEPARATORS).filter(|entry| !entry.is_empty()) {
         let ptx = entry.ends_with("+PTX");
         let number = entry.trim_end_matches("+PTX").replace('.', "");
         let digits = number.trim_end_matches(['a', 'f']);
         if !matches!(digits.parse::<u32>(), Ok(80..)) {
-            bail!("TORCH_CUDA_ARCH_LIST: wanted architectures from 8.0 on, for example \"8.0;9.0a\", got {entry:?}");
+            bail!("{name}: wanted architectures from 8.0 on, for example \"8.0;9.0a\", got {entry:?}");
         }
         flags.push(format!("-gencode=arch=compute_{number},code=sm_{number}"));
         if ptx {

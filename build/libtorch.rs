@@ -65,7 +65,10 @@ impl Libtorch {
 }
 
 fn read_version(include: &Path) -> Result<String> {
-    let header = include.join("torch/headeronly/version.h");
+    // The second is where PyTorch up to 2.9 says it; since then it only includes the first.
+    let [newer, older] =
+        ["torch/headeronly/version.h", "torch/csrc/api/include/torch/version.h"].map(|name| include.join(name));
+    let header = if newer.exists() { newer } else { older };
     let text = fs::read_to_string(&header).with_context(|| format!("cannot read {}", header.display()))?;
     let number = |name: &str| {
         let line = text.lines().find(|line| line.starts_with(&format!("#define {name} ")));

@@ -3,10 +3,10 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
-#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <vector>
 
 namespace moba {
 
@@ -80,12 +80,18 @@ char* moba_call(const char* name, const moba::Argument* arguments, size_t count,
                 size_t* written) {
   return moba::guarded([&] {
     torch::jit::Stack stack = moba::call(name, arguments, count);
-    // aten's attention operators return integers among their tensors; only the tensors are handed on.
-    stack.erase(std::remove_if(stack.begin(), stack.end(), [](const c10::IValue& value) { return !value.isTensor(); }),
-                stack.end());
-    TORCH_CHECK(stack.size() <= capacity, "wanted at most ", capacity, " outputs, got ", stack.size());
-    for (size_t i = 0; i < stack.size(); ++i) outputs[i] = new at::Tensor(std::move(stack[i]).toTensor());
-    *written = stack.size();
+    std::vector<at::Tensor> tensors;
+    for (c10::IValue& value : stack) {
+      // aten's attention operators return integers among their tensors; only the tensors are handed on.
+      if (value.isTensor()) {
+        tensors.push_back(std::move(value).toTensor());
+      } else if (value.isTensorList()) {
+        for (const at::Tensor& tensor : value.toTensorVector()) tensors.push_back(tensor);
+      }
+    }
+    TORCH_CHECK(tensors.size() <= capacity, "wanted at most ", capacity, " tensors as output, got ", tensors.size());
+    for (size_t i = 0; i < tensors.size(); ++i) outputs[i] = new at::Tensor(std::move(tensors[i]));
+    *written = tensors.size();
   });
 }
 

@@ -128,12 +128,14 @@ pub fn ensure_loaded() {
 }
 
 /// Calls the operator `name` (`namespace::operator` or `namespace::operator.overload`) with positional `arguments`;
-/// missing trailing ones take the schema's defaults. Returns its tensors, tuples flattened.
+/// missing trailing ones take the schema's defaults. Returns its tensors in one row: those of tuples, and of `Tensor[]`.
+/// Outputs of other types, such as the numbers among the outputs of `aten`'s attention operators, are left out.
 ///
 /// # Errors
-/// [`Error::Torch`] if no such operator exists, if the arguments do not fit its schema, or if it fails.
+/// [`Error::Torch`] if no such operator exists, if the arguments do not fit its schema, if it fails, or if it returns
+/// more than 64 tensors.
 pub fn call(name: &str, arguments: &[Value<'_>]) -> Result<Vec<Tensor>> {
-    const CAPACITY: usize = 16;
+    const CAPACITY: usize = 64;
     ensure_loaded();
     let c_name = c_string(name)?;
     let mut lists = vec![Vec::new(); arguments.len()];

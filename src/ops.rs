@@ -1,8 +1,4 @@
 //! The operators as typed, safe functions. Signatures are written once, in csrc/schema.h; libtorch checks each call.
-//!
-//! Shapes: `q [batch, heads, seqlen_q, head_dim]`, `k v [batch, heads_k, seqlen_k, head_dim]`, `heads` a multiple of
-//! `heads_k` (query head `h` reads key head `h / (heads / heads_k)`), `seqlen_q <= seqlen_k` with the queries aligned
-//! to the end of the keys. Dtypes: float32, float64, bfloat16, float16, the same for all three. Any strides.
 
 use tch::Tensor;
 
@@ -13,6 +9,11 @@ use crate::{
 };
 
 /// MoBA attention (arXiv 2502.13189, equations 2 to 6): `out [batch, heads, seqlen_q, head_dim]` in the dtype of `q`.
+///
+/// * `q [batch, heads, seqlen_q, head_dim]`, `k` and `v [batch, heads_k, seqlen_k, head_dim]`, with any strides.
+/// * All three float32, float64, bfloat16 or float16, on one device.
+/// * `heads` is a multiple of `heads_k`: query head `h` reads key head `h / (heads / heads_k)`.
+/// * `seqlen_q <= seqlen_k`: the queries are the last tokens of the sequence, and none sees a key after itself.
 ///
 /// Differentiable in `q`, `k` and `v`, with the selection of blocks held constant.
 ///
@@ -51,8 +52,10 @@ pub struct Packed<'a> {
     pub max_seqlen_k: i64,
 }
 
-/// MoBA attention over sequences packed without padding: `q [tokens_q, heads, head_dim]`, `k v [tokens_k, heads_k,
+/// MoBA attention over sequences packed without padding: `q [tokens_q, heads, head_dim]`, `k` and `v [tokens_k, heads_k,
 /// head_dim]`; returns `out` shaped like `q` and `lse [heads, tokens_q]`. Blocks are cut from each sequence's own start.
+/// Dtypes, heads, and in each sequence the place of the queries, are those of [`moba_attention`]; `lse` is that of
+/// [`moba_attention_with_lse`].
 ///
 /// # Errors
 /// As [`moba_attention`], and for `cu_seqlens` that decrease or do not cover the tokens.
@@ -77,8 +80,10 @@ pub fn moba_attention_varlen(
     pair("moba::attention_varlen", arguments.into_iter().chain(options(config)))
 }
 
-/// The blocks that each query selects (section 2.2, equations 5 and 6): int32 `[batch, heads, seqlen_q, top_k]`, the current block
-/// first, then the others from the best gate score down, `-1` where fewer blocks exist. Not differentiable.
+/// The blocks that each query selects (section 2.2, equations 5 and 6): int32 `[batch, heads, seqlen_q, top_k]`, the
+/// current block first, then the others from the best gate score down, `-1` where fewer blocks exist. Not differentiable.
+///
+/// `q [batch, heads, seqlen_q, head_dim]` and `k [batch, heads_k, seqlen_k, head_dim]` as for [`moba_attention`].
 ///
 /// # Errors
 /// As [`moba_attention`].
@@ -87,7 +92,8 @@ pub fn route(q: &Tensor, k: &Tensor, config: &MobaConfig) -> Result<Tensor> {
     call("moba::route", &arguments)?.pop().ok_or_else(|| wrong_count("moba::route"))
 }
 
-/// Attention over a given routing: `route` int32 `[batch, heads, seqlen_q, slots]` with any number of slots.
+/// Attention over a given routing: `route` int32 `[batch, heads, seqlen_q, slots]` with any number of slots, on the device
+/// of `q`; `q`, `k`, `v` and what is returned as for [`moba_attention_with_lse`].
 ///
 /// Entries below 0 or after the query's own block are ignored and duplicates count once. A query left without keys gets
 /// output 0, lse -inf and zero gradients. `top_k` of `config` is not used.

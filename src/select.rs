@@ -51,7 +51,8 @@ impl fmt::Display for Refusal {
 pub struct Selection {
     /// The backend that runs, `None` if the call would be an error.
     pub backend: Option<Backend>,
-    /// For every other backend, its first filter that refused.
+    /// For every backend that does not take the tensors, its first filter that refused. A backend that takes them too and is
+    /// only less preferred, such as the portable CUDA kernels beside those for Hopper, is not among them.
     pub refusals: Vec<Refusal>,
 }
 
@@ -65,7 +66,7 @@ impl fmt::Display for Selection {
     }
 }
 
-/// Says which backend [`moba_attention`](crate::moba_attention) runs for these tensors and why it runs no other.
+/// Says which backend [`moba_attention`](crate::moba_attention) runs for these tensors and why others do not take them.
 /// Autocast is left out of account: where it is on, ask for tensors of its dtype. `moba_attention` logs the answer with
 /// `tracing::debug!`.
 ///
@@ -111,6 +112,7 @@ const BACKENDS: &[(Backend, &[Filter], &[Filter])] = &[
         &[
             ("device", on_cuda),
             ("build", built_with_cuda),
+            ("capability", capability_at_least_8),
             ("head_dim", head_dim_at_most_256),
             ("tokens", tokens_fit_int32),
         ],
@@ -144,6 +146,13 @@ fn taken_by_hopper(inputs: &Inputs<'_>) -> Result<(), String> {
     let arguments = [q.into(), k.into(), v.into(), config.block_size().into(), scale.into()];
     let refusal = dispatch::call_text("moba::_hopper_refusal", &arguments).map_err(|error| error.to_string())?;
     want(refusal.is_empty(), || refusal)
+}
+
+/// The operator's own condition, asked with tensors of no tokens, over which it launches nothing.
+fn capability_at_least_8(inputs: &Inputs<'_>) -> Result<(), String> {
+    let empty = Tensor::f_zeros([1, 1, 0, 1], (Kind::Float, inputs.q.device())).map_err(|error| error.to_string())?;
+    let arguments = [(&empty).into(), (&empty).into(), 1i64.into(), 1i64.into()];
+    dispatch::call("moba::route", &arguments).map(drop).map_err(|error| error.to_string())
 }
 
 fn head_dim_at_most_256(inputs: &Inputs<'_>) -> Result<(), String> {

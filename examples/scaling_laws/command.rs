@@ -1,13 +1,14 @@
 //! The command line.
 
 use std::{
+    collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, builder::RangedI64ValueParser};
 use tch_moba::HybridPolicy;
 
 use crate::{
@@ -15,9 +16,12 @@ use crate::{
     corpus::{self, Corpus},
     device::DeviceArg,
     drive::{Limits, Sweeper},
-    environment, fit, plan, records, repeats,
+    environment, fit, plan,
+    records::{self, Finished},
+    repeats,
     speed::{self, Options},
     sweep::{Run, Sweep},
+    tokenizer::VOCAB_SIZES,
 };
 
 /// Loss against compute for MoBA and full attention, with a power law fitted to each.
@@ -35,8 +39,8 @@ enum Verb {
         #[arg(long, num_args = 1..)]
         data: Vec<PathBuf>,
         /// Size of the vocabulary; 256 takes bytes as they are
-        #[arg(long, default_value_t = 4096)]
-        vocab: usize,
+        #[arg(long, default_value_t = 4096, value_parser = vocab_size())]
+        vocab: i64,
         #[arg(long)]
         out: PathBuf,
     },
@@ -61,7 +65,7 @@ enum Verb {
     /// Say what a sweep costs
     Plan {
         sweep: PathBuf,
-        #[arg(long, default_value_t = 4096)]
+        #[arg(long, default_value_t = 4096, value_parser = vocab_size())]
         vocab: i64,
         /// What the device does, for an estimate of the time
         #[arg(long)]
@@ -80,13 +84,13 @@ enum Verb {
         /// Only runs whose name contains one of these
         #[arg(long, num_args = 1..)]
         only: Vec<String>,
-        /// Stop after so long, with a checkpoint
+        /// Stop after so long, with a checkpoint; seen only when a run measures its loss, up to 20 times a run
         #[arg(long)]
         minutes: Option<f64>,
         /// With --minutes: leave a run that would not be done in time, instead of stopping in it
         #[arg(long, requires = "minutes")]
         whole_runs: bool,
-        /// Between the checkpoints of a run; with --whole-runs there are none
+        /// Least time between checkpoints, which are written only when a run measures; none with --whole-runs
         #[arg(long, default_value_t = 5.0)]
         checkpoint_minutes: f64,
     },
@@ -103,7 +107,7 @@ enum Verb {
         /// Updates in a measurement
         #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
         updates: u64,
-        #[arg(long, default_value_t = 4096)]
+        #[arg(long, default_value_t = 4096, value_parser = vocab_size())]
         vocab: i64,
         #[arg(long, value_enum, default_value = "cpu")]
         device: DeviceArg,
@@ -121,7 +125,7 @@ enum Verb {
 impl Command {
     pub fn run(self) -> Result<()> {
         match self.verb {
-            Verb::Corpus { data, vocab, out } => corpus::build(&data, vocab, &out),
+            Verb::Corpus { data, vocab, out } => corpus::build(&data, vocab as usize, &out),
             Verb::Shuffle { corpus, piece, out } => corpus::shuffle(&corpus, piece as usize, &out),
             Verb::Repeats { corpus, seqlen, near } => {
                 print!("{}", repeats::table(&Corpus::read(&corpus)?.held_out, seqlen as usize, near as usize));
@@ -159,6 +163,10 @@ impl Command {
     }
 }
 
+fn vocab_size() -> RangedI64ValueParser<i64> {
+    RangedI64ValueParser::new().range(VOCAB_SIZES)
+}
+
 fn duration(minutes: f64) -> Result<Duration> {
     Duration::try_from_secs_f64(60.0 * minutes).with_context(|| format!("wanted a number of minutes, got {minutes}"))
 }
@@ -170,6 +178,12 @@ fn chosen(mut runs: Vec<Run>, only: &[String]) -> Result<Vec<Run>> {
     Ok(runs)
 }
 
+/// The commit, which the runs share, and all devices that they were trained on.
+fn origin(runs: &[Finished]) -> String {
+    let devices: BTreeSet<&str> = runs.iter().map(|run| run.header.device.as_str()).collect();
+    format!("Commit {}, {}.", runs[0].header.commit, Vec::from_iter(devices).join("; "))
+}
+
 fn fit_and_draw(folder: &Path, out: &Path) -> Result<()> {
     let runs = records::read_all(folder)?;
     ensure!(!runs.is_empty(), "{} holds no finished run: scaling_laws run makes them", folder.display());
@@ -178,8 +192,8 @@ fn fit_and_draw(folder: &Path, out: &Path) -> Result<()> {
     let laws = fit::table(&fitted);
     let comparison = fit::comparison(&runs);
     let tables = format!(
-        "Commit {}, {}.\n\nloss = a C^-b, C in PFLOP/s-days, losses in nats per token\n\n{laws}\n{comparison}",
-        runs[0].header.commit, runs[0].header.device
+        "{}\n\nloss = a C^-b, C in PFLOP/s-days, losses in nats per token\n\n{laws}\n{comparison}",
+        origin(&runs)
     );
     let written = |name: &str, text: String| -> Result<PathBuf> {
         let path = out.join(name);
@@ -202,8 +216,35 @@ fn fit_and_draw(folder: &Path, out: &Path) -> Result<()> {
 mod tests {
     use clap::CommandFactory;
 
+    use super::*;
+
     #[test]
     fn the_command_line_is_sound() {
-        super::Command::command().debug_assert();
+        Command::command().debug_assert();
+    }
+
+    #[test]
+    fn tokens_are_two_bytes() {
+        for verb in ["corpus --out out", "plan sweep", "speed sweep --size 5M"] {
+            let parse = |vocab: &str| {
+                Command::try_parse_from(format!("scaling_laws {verb} --vocab {vocab}").split(' ')).map(drop)
+            };
+            for vocab in ["0", "255", "32768", "40000"] {
+                let error = parse(vocab).unwrap_err().to_string();
+                assert!(error.contains("--vocab") && error.contains("not in 256..=32767"), "{error}");
+            }
+            parse("256").unwrap();
+            parse("32767").unwrap();
+        }
+    }
+
+    #[test]
+    fn every_device_is_named() {
+        let run = |device: &str| {
+            let header = records::Header { device: device.into(), ..records::example(512, "moba", 32, 0) };
+            Finished { header, records: Vec::new() }
+        };
+        assert_eq!(origin(&[run("an H100")]), "Commit abc, an H100.");
+        assert_eq!(origin(&["an H200", "an H100", "an H200"].map(run)), "Commit abc, an H100; an H200.");
     }
 }

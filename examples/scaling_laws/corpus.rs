@@ -1,7 +1,11 @@
 //! The tokenised text in one file: safetensors with the tokens of the training and the held-out part, two bytes each, and
 //! what they are in the metadata.
 
-use std::{collections::HashMap, fs, path::Path};
+use std::{
+    collections::HashMap,
+    fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result, ensure};
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
@@ -35,7 +39,7 @@ pub struct Corpus {
 }
 
 /// Reads text, trains the tokenizer and writes `out`, and `tokenizer.json` beside it.
-pub fn build(data: &[std::path::PathBuf], vocab_size: usize, out: &Path) -> Result<()> {
+pub fn build(data: &[PathBuf], vocab_size: usize, out: &Path) -> Result<()> {
     let documents = text::documents(data, DOCUMENT_BYTES)?;
     let bytes: usize = documents.values().map(Vec::len).sum();
     println!("text: {} documents, {:.1} MB", documents.len(), bytes as f64 / 1e6);
@@ -80,11 +84,18 @@ pub fn build(data: &[std::path::PathBuf], vocab_size: usize, out: &Path) -> Resu
 /// Writes the corpus `from` to `out` in pieces of so many tokens, shuffled within the training and the held-out part: the
 /// same text, in which little comes back from far away.
 pub fn shuffle(from: &Path, piece: usize, out: &Path) -> Result<()> {
-    ensure!(from.parent() != out.parent(), "--out wants another folder: tokenizer.json is written beside it");
+    let beside = folder(out).is_some_and(|there| folder(from) == Some(there));
+    ensure!(!beside, "--out wants another folder than that of {}: tokenizer.json is written beside it", from.display());
     let tokenizer = from.with_file_name("tokenizer.json");
     let json = fs::read_to_string(&tokenizer).with_context(|| format!("cannot read {}", tokenizer.display()))?;
     let corpus = Corpus::read(from)?.shuffled(piece);
     corpus.write(out, &json).with_context(|| format!("cannot write {}", out.display()))
+}
+
+/// The folder of a file, the same however the path is written; `None` if there is none yet.
+fn folder(path: &Path) -> Option<PathBuf> {
+    // Below ".", because the parent of a bare name is empty.
+    Path::new(".").join(path.parent()?).canonicalize().ok()
 }
 
 impl Corpus {
@@ -206,6 +217,19 @@ mod tests {
             sorted.sort_unstable();
             assert_eq!(sorted, before);
         }
+    }
+
+    #[test]
+    fn a_folder_is_the_same_however_it_is_written() {
+        let here = Path::new("corpus.safetensors");
+        assert!(folder(here).is_some());
+        for other in ["./corpus.safetensors", "src/../other.safetensors"] {
+            assert_eq!(folder(Path::new(other)), folder(here));
+            let refusal = format!("{:#}", shuffle(here, 10, Path::new(other)).unwrap_err());
+            assert!(refusal.contains("--out wants another folder"), "{refusal}");
+        }
+        assert_ne!(folder(Path::new("src/corpus.safetensors")), folder(here));
+        assert_eq!(folder(Path::new("not-there/corpus.safetensors")), None);
     }
 
     #[test]

@@ -2,22 +2,24 @@
 
 use std::{env, fs, process::Command};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result};
 use tch::Device;
 
 use crate::nvidia_smi;
 
-/// The commit: `MOBA_COMMIT` where a bundle says it, else that of the git checkout in which the program runs.
+/// The commit: `MOBA_COMMIT` where a bundle says it, else that of the git checkout in which the program runs. The latter is
+/// the program's own only if cargo has built it there since (`cargo run` does): cargo would compile everything anew at each
+/// commit that it had to write into the program.
 pub fn commit() -> Result<String> {
-    if let Some(commit) = env::var("MOBA_COMMIT").ok().filter(|commit| !commit.is_empty()) {
-        return Ok(commit);
+    let told = env::var("MOBA_COMMIT").ok().filter(|commit| !commit.is_empty());
+    let found = || output("git", &["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]);
+    let commit = told.or_else(found).context(
+        "no commit to write into the records: run in the git checkout, or set MOBA_COMMIT to what was built",
+    )?;
+    if commit.ends_with("-dirty") {
+        eprintln!("warning: commit {commit}: runs of other uncommitted changes would look like runs of these");
     }
-    let described = output("git", &["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]);
-    ensure!(
-        described.is_some(),
-        "no commit to write into the records: run in the git checkout, or set MOBA_COMMIT to what was built"
-    );
-    Ok(described.unwrap_or_default())
+    Ok(commit)
 }
 
 pub fn device(device: Device) -> String {

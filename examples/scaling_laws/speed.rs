@@ -82,11 +82,14 @@ fn run(sweep: &Sweep, options: &Options<'_>, policy: &HybridPolicy) -> Result<Ru
         .find(wanted)
         .with_context(|| format!("no context of {} tokens in the sweep", options.seqlen.unwrap_or_default()))?;
     let mut context = context.clone();
+    // The size's own updates, unless they hold no sequence of this length.
+    if size.batch_tokens >= context.seqlen as u64 {
+        context.batch_tokens = None;
+    }
     context.sizes = vec![size.name];
     context.policies = vec![policy.clone()];
     context.seeds = vec![0];
     context.tokens_per_parameter = None;
-    context.batch_tokens = None;
     sweep.contexts = vec![context];
     let run = sweep.runs()?.pop().context("the sweep asks for no run")?;
     let needed = WARM_UP + REPEATS as u64 * options.updates;
@@ -126,4 +129,28 @@ fn median(mut measure: impl FnMut() -> Result<f64>) -> Result<f64> {
     let mut values = (0..REPEATS).map(|_| measure()).collect::<Result<Vec<_>>>()?;
     values.sort_by(f64::total_cmp);
     Ok(values[REPEATS / 2])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn updates_hold_at_least_a_sequence() {
+        let sweep = Sweep::parse(include_str!("h100.toml")).unwrap();
+        let update = |size: &str, seqlen| {
+            let options = Options {
+                size,
+                seqlen: Some(seqlen),
+                policies: &[],
+                updates: 1,
+                vocab_size: 4096,
+                device: Device::Cpu,
+            };
+            run(&sweep, &options, &HybridPolicy::Moba).unwrap().tokens_per_step()
+        };
+        assert_eq!(update("5M", 8192), 16384);
+        assert_eq!(update("5M", 32768), 32768, "that of the context");
+        assert_eq!(update("100M", 32768), 65536, "that of the size");
+    }
 }

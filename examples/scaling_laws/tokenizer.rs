@@ -1,5 +1,7 @@
 //! Text to tokens: a byte-level BPE trained on the text itself, or plain bytes.
 
+use std::ops::RangeInclusive;
+
 use anyhow::{Result, anyhow, ensure};
 use tokenizers::{
     Tokenizer,
@@ -12,6 +14,8 @@ use tokenizers::{
 
 use crate::text::SEPARATOR;
 
+/// At least the bytes, and at most what two bytes of a token hold.
+pub const VOCAB_SIZES: RangeInclusive<i64> = 256..=i16::MAX as i64;
 /// Most text that the BPE is trained on: more changes a vocabulary of thousands little.
 const TRAINING_BYTES: usize = 32 << 20;
 /// Text is encoded in pieces of about this size, cut at the ends of lines.
@@ -25,13 +29,8 @@ pub enum Tokens {
 }
 
 impl Tokens {
-    /// Trains a BPE of `vocab_size` tokens, of which 256 are the bytes; no more than those: plain bytes.
+    /// Trains a BPE of `vocab_size` tokens (of `VOCAB_SIZES`), of which 256 are the bytes; no more than those: plain bytes.
     pub fn train<'a>(vocab_size: usize, documents: impl Iterator<Item = &'a [u8]>) -> Result<Self> {
-        ensure!(
-            (256..=i16::MAX as usize).contains(&vocab_size),
-            "--vocab must be 256 (bytes) to {}, got {vocab_size}",
-            i16::MAX
-        );
         if vocab_size == 256 {
             return Ok(Self::Bytes);
         }

@@ -35,6 +35,8 @@ pub struct LlamaConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rope_parameters: Option<RopeParameters>,
     pub attention_bias: bool,
+    /// Must be 0.
+    pub attention_dropout: f64,
     pub mlp_bias: bool,
     pub tie_word_embeddings: bool,
     /// Block size, top-k and options of MoBA.
@@ -73,6 +75,7 @@ impl Default for LlamaConfig {
             rope_scaling: None,
             rope_parameters: None,
             attention_bias: false,
+            attention_dropout: 0.0,
             mlp_bias: false,
             tie_word_embeddings: false,
             moba: MobaConfig::default(),
@@ -122,6 +125,9 @@ impl LlamaConfig {
         }
         if self.hidden_act != "silu" {
             return wrong(format!("hidden_act must be \"silu\", got {:?}", self.hidden_act));
+        }
+        if self.attention_dropout != 0.0 {
+            return wrong(format!("attention_dropout must be 0, got {}", self.attention_dropout));
         }
         for (name, rope) in [("rope_scaling", &self.rope_scaling), ("rope_parameters", &self.rope_parameters)] {
             if let Some(rope_type) = rope.as_ref().and_then(|rope| rope.rope_type.as_deref())

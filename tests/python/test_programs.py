@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import warnings
 from pathlib import Path
 
@@ -112,6 +113,8 @@ def test_export_holds_the_operator(qkv):
 def test_compile(qkv, device, backend):
     if backend == "inductor" and device == "cpu" and shutil.which("g++") is None:
         pytest.skip("inductor needs g++ for the CPU")
+    if backend == "inductor" and not Path(sysconfig.get_path("include"), "Python.h").exists():
+        pytest.skip("inductor needs Python.h, for example from the package python3-dev")
     torch.compiler.reset()
     compiled = torch.compile(attend, backend=backend, fullgraph=True)
     for seqlen in (24, 24, 37):

@@ -119,7 +119,7 @@ fn shapes_dtypes_and_devices() {
         with(q, &k.narrow(2, 0, 12), &v.narrow(2, 0, 12), &["q", "at most seqlen_k", "seqlen_q 20 and seqlen_k 12"]);
         let empty = zeros(&[2, 4, 20, 0]);
         with(&empty, &empty, &empty, &["q", "wanted head_dim of at least 1", "got 0"]);
-        with(&Tensor::new(), k, v, &["q"]);
+        with(&Tensor::new(), k, v, &["q: wanted 4 dimensions", "got 1 dimensions [0]"]);
         refused(&x, || route(q, &k.narrow(3, 0, 8), &config), &["k", "wanted head_dim 16 as q", "got 8"]);
         refused(&x, || route(&q.get(0), k, &config), &["q", "wanted 4 dimensions", "got 3"]);
         if device.is_cuda() {

@@ -100,6 +100,7 @@ fn config_of_another_model_is_refused() {
     for (json, wanted) in [
         (r#"{"model_type": "gpt2"}"#, r#"model_type must be "llama", got "gpt2""#),
         (r#"{"hidden_act": "gelu"}"#, r#"hidden_act must be "silu", got "gelu""#),
+        (r#"{"attention_dropout": 0.1}"#, "attention_dropout must be 0, got 0.1"),
         (r#"{"rope_scaling": {"type": "linear", "factor": 2.0}}"#, r#"rope_scaling must be null or of type "default""#),
         (
             r#"{"rope_scaling": {"factor": 2.0}}"#,

@@ -52,7 +52,8 @@ impl MobaConfig {
         Ok(Self { softmax_scale: Some(scale), ..self })
     }
 
-    /// Asks for gradients that are bit for bit the same on repeated runs. The forward pass always is.
+    /// Asks for gradients that are bit for bit the same on repeated runs, as libtorch's `use_deterministic_algorithms` does
+    /// for all of them. The forward pass always is.
     pub fn with_deterministic(self, deterministic: bool) -> Self {
         Self { deterministic, ..self }
     }

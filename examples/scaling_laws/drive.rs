@@ -195,6 +195,8 @@ impl Sweeper<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
     use super::*;
     use crate::{corpus::of_tokens, sweep::Sweep};
 
@@ -215,6 +217,9 @@ mod tests {
     fn sweep(folder: &Path, corpus: &Corpus, time: Option<Duration>, whole_runs: bool, commit: &str) -> Result<usize> {
         let limits = Limits { time, whole_runs, checkpoint: Duration::from_secs(3600) };
         let runs = Sweep::parse(SWEEP)?.runs()?;
+        // libtorch's seed is the process's: weights of tests that train at once would be drawn from one row of numbers.
+        static ALONE: Mutex<()> = Mutex::new(());
+        let _alone = ALONE.lock();
         Sweeper { out: folder, corpus, device: Device::Cpu, commit: commit.into(), limits }.sweep(&runs, &runs)
     }
 

@@ -190,14 +190,16 @@ inline void check_backward(const Tensor& dout, const Tensor& dlse, const Tensor&
 }
 
 // Kernels read whole rows: the last dimension must be contiguous, all other strides are free.
+inline bool has_contiguous_rows(const Tensor& tensor) { return tensor.sym_stride(-1) == 1 || tensor.sym_size(-1) == 1; }
 inline Tensor with_contiguous_rows(const Tensor& tensor) {
-  return tensor.sym_stride(-1) == 1 || tensor.sym_size(-1) == 1 ? tensor : tensor.contiguous();
+  return has_contiguous_rows(tensor) ? tensor : tensor.contiguous();
 }
 
-// Memory for a result: with contiguous rows too, and otherwise the order of the dimensions of `tensor`. (Where rows
-// overlap, empty_like goes by sizes, and the last dimension may end up elsewhere.)
+// Memory for a result: with contiguous rows too, and the order of the dimensions of `tensor` where that has them.
+// (Where rows overlap, empty_like goes by sizes, and the last dimension may end up elsewhere.)
 inline Tensor empty_rows_like(const Tensor& tensor) {
-  return with_contiguous_rows(at::empty_like(with_contiguous_rows(tensor)));
+  const Tensor result = at::empty_like(tensor);
+  return has_contiguous_rows(result) ? result : at::empty_like(tensor, tensor.options(), at::MemoryFormat::Contiguous);
 }
 
 }  // namespace moba

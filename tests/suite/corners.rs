@@ -170,9 +170,7 @@ fn sequences_of_very_different_lengths() {
             for (n, &length) in lengths.iter().enumerate().filter(|(_, length)| **length > 0) {
                 let own = |x: &Tensor| x.narrow(2, ends[n] as i64, length);
                 let alone = moba(&inputs.map(|x| own(x)), &case);
-                for (name, x, alone) in
-                    ["out", "dq", "dk", "dv"].iter().zip([&out, &dq, &dk, &dv]).zip(&alone).map(|((n, x), a)| (n, x, a))
-                {
+                for ((name, x), alone) in ["out", "dq", "dk", "dv"].iter().zip([&out, &dq, &dk, &dv]).zip(&alone) {
                     let x = own(&x.transpose(0, 1).unsqueeze(0));
                     assert_rounding(
                         &format!("{name} of sequence {n}, {length} tokens, {case:?} {kind:?} on {device:?}"),

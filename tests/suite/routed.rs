@@ -112,8 +112,8 @@ fn a_block_named_twice_counts_once() {
     }
 }
 
-/// No query, a few, one tile of queries short of full, full and just beyond: of blocks that kernels keep whole, and of
-/// larger ones that they stream past two tiles of queries.
+/// From none to more than two tiles of queries: of blocks whose keys kernels keep, and of larger ones that they stream past
+/// two tiles of queries at a time.
 #[test]
 fn lists_of_every_length() {
     for device in devices() {
@@ -122,7 +122,7 @@ fn lists_of_every_length() {
             let case = Case::new((past + 1) * block_size, 64, block_size, 1).heads(heads, heads).queries(140);
             let case = if block_size < 140 { case.queries(block_size) } else { case };
             let inputs = case.inputs(8, kind, device);
-            // The first queries choose a block, as many as the lists of the blocks before it are many.
+            // List i, counted through heads and blocks, has the first i queries.
             let length = Tensor::arange(heads * past, (Kind::Int64, Device::Cpu)).view([heads, 1, past]);
             let row = Tensor::arange(case.seqlen_q, (Kind::Int64, Device::Cpu)).view([1, -1, 1]);
             let block = Tensor::arange(past, (Kind::Int, Device::Cpu)).view([1, 1, -1]);

@@ -16,11 +16,8 @@ int window_of(const Shape& shape, int each) {
   return static_cast<int>(std::min<int64_t>(ceil_divide(shape.blocks(), 32) * 32, each * kSortThreads));
 }
 
-// `most`: of any shape. A limit of one call's own could be lowered by another thread's before the launch.
-template <class Kernel>
-cudaError_t allow_shared_memory(Kernel kernel, int most) {
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-}
+// Shared memory is asked for as much as any shape needs: another thread could lower a limit of this call's own before
+// the launch.
 
 template <bool kPlace, int kEach>
 cudaError_t launch_sort(const PastListsParams& p, const Sort& sort, cudaStream_t stream) {
@@ -30,7 +27,7 @@ cudaError_t launch_sort(const PastListsParams& p, const Sort& sort, cudaStream_t
                                               : sort_kernel<0, kPlace, kEach>;
   const bool staged = kPlace && slots <= kStagedSlots;
   const int bytes = Window::bytes(sort.window, staged), most = Window::bytes(kEach * kSortThreads, staged);
-  const cudaError_t status = allow_shared_memory(kernel, most);
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   if (status != cudaSuccess) return status;
   const int64_t grid = p.lists.units_k.count * sort.chunks;
   if (grid > INT32_MAX) return cudaErrorInvalidValue;
@@ -53,8 +50,9 @@ int64_t cluster_parts(const Shape& shape) {
 
 cudaError_t launch_cluster(const PastListsParams& p, int64_t parts, cudaStream_t stream) {
   const auto kernel = p.shape.slots <= 4 ? cluster_kernel<4> : cluster_kernel<kStagedSlots>;
-  const int window = window_of(p.shape, 1), bytes = ClusterMemory::bytes(window);
-  const cudaError_t status = allow_shared_memory(kernel, ClusterMemory::bytes(kClusterBlocks));
+  const int window = window_of(p.shape, 1);
+  const int bytes = ClusterMemory::bytes(window), most = ClusterMemory::bytes(kClusterBlocks);
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   if (status != cudaSuccess) return status;
   const int64_t grid = p.lists.units_k.count * kClusterCtas;
   if (grid > INT32_MAX) return cudaErrorInvalidValue;
